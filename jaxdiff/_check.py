@@ -1,0 +1,53 @@
+"""Argument checks: every error names the function, the argument, what was expected and got."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+
+def bad(where: str, argument: str, expected: str, got: Any) -> ValueError:
+    """Build the ValueError that all modules raise for a wrong argument."""
+    return ValueError(f"{where}: {argument} must be {expected}, got {got}")
+
+
+def choice(where: str, argument: str, value: Any, options: Any) -> None:
+    """Raise ValueError unless `value` is one of `options`."""
+    if value not in options:
+        raise bad(where, argument, "one of " + ", ".join(map(repr, options)), repr(value))
+
+
+def whole(where: str, argument: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is a Python whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise bad(where, argument, f"a whole number of at least {least}", repr(value))
+
+
+def dims(where: str, argument: str, shape: Any) -> tuple[int, ...]:
+    """Return `shape` as a tuple, or raise ValueError if it is not a shape."""
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else shape
+    if not isinstance(shape, tuple) or not all(
+        isinstance(n, (int, np.integer)) and n > 0 for n in shape
+    ):
+        raise bad(where, argument, "a tuple of positive whole numbers", repr(shape))
+    return tuple(int(n) for n in shape)
+
+
+def key(where: str, argument: str, value: Any) -> PRNGKeyArray:
+    """Return a typed threefry key, or raise if `value` is not one.
+
+    Only threefry gives the same draws under any batching (`rbg` differs under vmap).
+    """
+    if isinstance(value, (jax.Array, np.ndarray)) and value.dtype == jnp.uint32:
+        if value.shape == (2,):
+            value = jax.random.wrap_key_data(value, impl="threefry2x32")
+    if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise bad(where, argument, "a key from jax.random.key(seed)", type(value).__name__)
+    if value.shape != ():
+        raise bad(where, argument, "a single key of shape ()", f"keys of shape {value.shape}")
+    impl = str(jax.random.key_impl(value))
+    if "fry" not in impl and "threefry" not in impl:
+        raise bad(where, argument, "a threefry key (its draws do not depend on batching)", impl)
+    return value

@@ -1,0 +1,85 @@
+"""Array aliases, key streams and the float64 host evaluator that every module shares."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Real
+
+Scalar: TypeAlias = Float[Array, ""]
+ScalarLike: TypeAlias = Real[ArrayLike, ""]
+Cond: TypeAlias = PyTree[Any]
+Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
+
+_T = TypeVar("_T")
+
+
+class NetFn(Protocol):
+    """Any pytree callable that maps one noisy sample to one prediction."""
+
+    def __call__(self, t: Any, x: Any, cond: Any = None, /) -> Any:
+        """Predict from time `t: ()`, sample `x: (*dims,)` and an optional condition."""
+        ...
+
+
+# One stream per use, so that no key serves twice. Particle methods that couple samples add their
+# own stream of the parent key.
+INIT, SOLVER, PROBES = 0, 1, 2
+
+
+def stream(key: PRNGKeyArray, index: Any) -> PRNGKeyArray:
+    """Return the key of one numbered stream: a function of `(key, index)` and nothing else."""
+    return jax.random.fold_in(key, index)
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Say whether no leaf is being traced, so that values may be looked at now."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def _x64() -> Any:
+    # jax.enable_x64 is the public name since 0.8; 0.7 has it under jax.experimental only.
+    switch = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    return switch(True)
+
+
+def _widen(leaf: Any) -> Any:
+    if isinstance(leaf, bool) or not isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)):
+        return leaf
+    if isinstance(leaf, (float, np.floating)) or jnp.issubdtype(leaf.dtype, jnp.floating):
+        return np.asarray(leaf, np.float64)
+    return leaf
+
+
+@eqx.filter_jit
+def _call(fn: Callable[..., _T], args: tuple[Any, ...]) -> _T:
+    return fn(*args)
+
+
+def host64(fn: Callable[..., Any], *args: Any) -> Any:
+    """Evaluate `fn(*args)` in float64 on the host; fall back to plain tracing on traced arguments.
+
+    Schedules and solver coefficients are scalars per step, so they are worth full precision even
+    where the state is float32. `fn` must be a module-level function (or a bound method of a
+    module): its compiled form is cached by identity.
+
+    Returns:
+        The result with NumPy float64 leaves if every argument is concrete, else with traced leaves
+        in the ambient precision.
+    """
+    if not is_concrete(fn, args):
+        return fn(*args)
+    fn, args = jax.tree.map(_widen, (fn, args))
+    with _x64(), jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
+        out = _call(fn, args)
+        return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
+
+
+def _host_device() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # a runtime started with the accelerator as its only platform
+        return jax.local_devices()[0]

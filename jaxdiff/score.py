@@ -1,0 +1,321 @@
+r"""The denoiser: one object behind every prediction type, and adapters for networks.
+
+Notation: $m = E[x_0 | x_t = x]$, $\hat\epsilon = (x - \alpha m)/\sigma$, so that
+$x = \alpha m + \sigma\hat\epsilon$. Every prediction is a linear combination
+$o = a\,m + b\,\hat\epsilon$:
+
+| predicts | a | b | range |
+|---|---|---|---|
+| `"x0"` | 1 | 0 | |
+| `"eps"` | 0 | 1 | |
+| `"score"` | 0 | $-1/\sigma$ | $\nabla\log q_t$ |
+| `"v"` | $-\sigma$ | $\alpha$ | Salimans, Ho 2022 (2202.00512) |
+| `"velocity"` | $\alpha'$ | $\sigma'$ | $dx/dt$ along the PF-ODE |
+
+Given $x$ and $o$, the pair is the solution of a 2x2 system with determinant
+$D = \alpha b - \sigma a$: $m = (b x - \sigma o)/D$, $\hat\epsilon = (\alpha o - a x)/D$. `v` and
+`velocity` are finite at both ends of the path; `eps` loses $m$ where alpha = 0 and `x0` loses
+$\hat\epsilon$ where sigma = 0.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from jaxdiff import _check
+from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike
+from jaxdiff.process import AbstractProcess
+
+PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
+
+
+def _mix(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:
+    """Return (a, b) of the table above, with the score scaled by sigma to stay finite."""
+    match kind:
+        case "x0":
+            return 1.0, 0.0
+        case "eps":
+            return 0.0, 1.0
+        case "score":
+            return 0.0, -1.0
+        case "v":
+            return -process.sigma(t), process.alpha(t)
+        case "velocity":
+            return process.rates(t)
+
+
+class AbstractDenoiser(eqx.Module):
+    r"""The posterior mean $m(t, x)$ of a Gaussian path, and its views.
+
+    Subclasses write `pair`. All methods take one sample: `t: ()`, `x: (*dims,)`, and return
+    `(*dims,)` in the dtype of `x`; batching is `jax.vmap`.
+    """
+
+    process: eqx.AbstractVar[AbstractProcess]
+
+    @abc.abstractmethod
+    def pair(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
+        r"""Return $(m, \hat\epsilon)$ from one evaluation."""
+
+    def __call__(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return the posterior mean $m = E[x_0 | x_t = x]$."""
+        return self.pair(t, x, cond)[0]
+
+    def eps(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return the noise prediction $\hat\epsilon = (x - \alpha m)/\sigma$."""
+        return self.pair(t, x, cond)[1]
+
+    def score(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return the score $\nabla\log q_t(x) = -\hat\epsilon/\sigma$."""
+        eps = self.eps(t, x, cond)
+        return (-eps / self.process.sigma(t)).astype(eps.dtype)
+
+    def v(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return $v = \alpha\hat\epsilon - \sigma m$."""
+        return self._view("v", t, x, cond)
+
+    def velocity(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return the PF-ODE velocity $dx/dt = \alpha' m + \sigma'\hat\epsilon$."""
+        return self._view("velocity", t, x, cond)
+
+    def _view(self, kind: Prediction, t: ScalarLike, x: Any, cond: Cond) -> Array:
+        m, eps = self.pair(t, x, cond)
+        a, b = _mix(self.process, kind, t)
+        return (a * m + b * eps).astype(m.dtype)
+
+
+def _floating(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+class Denoiser(AbstractDenoiser):
+    r"""A process and a network, whatever the network predicts.
+
+    Cost: one network evaluation per call, no autodiff.
+
+    Attributes:
+        process: the Gaussian path.
+        net: any pytree callable `net(t, x, cond) -> (*dims,)` for one sample; `from_linen`,
+            `from_nnx` and `from_batched` adapt batched networks.
+        predicts: what `net` returns, one of `"x0"`, `"eps"`, `"score"`, `"v"`, `"velocity"`.
+
+    Raises:
+        ValueError: if `predicts` is unknown, or (when called) if `net` returns another shape than
+            that of `x`.
+
+    Example:
+        >>> from jaxdiff.process import VP
+        >>> shrink = Denoiser(VP(), lambda t, x, cond: 0.5 * x, predicts="eps")
+        >>> shrink.eps(0.5, jnp.ones(2)).tolist()
+        [0.5, 0.5]
+    """
+
+    process: AbstractProcess
+    net: NetFn
+    predicts: Prediction = eqx.field(static=True, default="x0")
+
+    def __check_init__(self) -> None:
+        _check.choice("Denoiser", "predicts", self.predicts, PREDICTIONS)
+        if not isinstance(self.process, AbstractProcess):
+            raise _check.bad("Denoiser", "process", "a jaxdiff process", repr(self.process))
+        if not callable(self.net):
+            raise _check.bad("Denoiser", "net", "callable as net(t, x, cond)", repr(self.net))
+
+    def _raw(self, t: ScalarLike, x: Array, cond: Cond) -> Array:
+        out = jnp.asarray(self.net(jnp.asarray(t, x.dtype), x, cond))
+        if out.shape != x.shape:
+            raise _check.bad(
+                "Denoiser", "the output of net", f"of the shape of x, {x.shape}", out.shape
+            )
+        return out.astype(x.dtype)
+
+    def pair(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
+        r"""Return $(m, \hat\epsilon)$ by the 2x2 system of the module's head."""
+        x = _floating(x)
+        out = self._raw(t, x, cond)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        if self.predicts == "score":
+            out = out * sigma
+        a, b = _mix(self.process, self.predicts, t)
+        det = alpha * b - sigma * a
+        m = out if self.predicts == "x0" else (b * x - sigma * out) / det
+        if self.predicts == "eps":
+            eps = out
+        elif self.predicts == "score":
+            eps = -out
+        else:
+            eps = (alpha * out - a * x) / det
+        return m.astype(x.dtype), eps.astype(x.dtype)
+
+    def _view(self, kind: Prediction, t: ScalarLike, x: Any, cond: Cond) -> Array:
+        if kind == self.predicts:  # the network's own output, with no round trip through the pair
+            return self._raw(t, _floating(x), cond)
+        return super()._view(kind, t, x, cond)
+
+
+class _Precondition(eqx.Module):
+    process: AbstractProcess
+    net: NetFn
+    sigma_data: ScalarLike
+
+    def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
+        skip, out, scale, noise = edm_coefficients(self.process, t, self.sigma_data)
+        inner = self.net(noise.astype(x.dtype), (scale * x).astype(x.dtype), cond)
+        return (skip * x + out * inner).astype(x.dtype)
+
+
+def edm_coefficients(
+    process: AbstractProcess, t: ScalarLike, sigma_data: ScalarLike = 0.5
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    r"""Return EDM's preconditioning $(c_{skip}, c_{out}, c_{in}, c_{noise})$ on any Gaussian path.
+
+    $$ V = \alpha^2\sigma_d^2 + \sigma^2, \quad c_{skip} = \alpha\sigma_d^2/V, \quad
+       c_{out} = \sigma\sigma_d/\sqrt V, \quad c_{in} = 1/\sqrt V, \quad c_{noise} = -\lambda/4 $$
+
+    On the path `EDM` these are Table 1 of the paper; elsewhere they are the same preconditioning
+    applied to $x/\alpha$ at noise level $\sigma/\alpha$.
+
+    Args:
+        process: the Gaussian path.
+        t: time, ().
+        sigma_data: standard deviation of the data.
+
+    References:
+        Karras, Aittala, Aila, Laine 2022 (2206.00364), Table 1.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    total = alpha**2 * sigma_data**2 + sigma**2
+    root = jnp.sqrt(total)
+    return (
+        alpha * sigma_data**2 / total,
+        sigma * sigma_data / root,
+        1 / root,
+        -process.lam(t) / 4,
+    )
+
+
+def precondition(process: AbstractProcess, net: NetFn, sigma_data: ScalarLike = 0.5) -> NetFn:
+    r"""Wrap a raw network in EDM's preconditioning; the result predicts `"x0"`.
+
+    $$ m(t, x) = c_{skip}\,x + c_{out}\,\mathrm{net}(c_{noise}, c_{in}\,x) $$
+
+    with the coefficients of `edm_coefficients`: unit-variance input and target at every noise
+    level, for any Gaussian path.
+
+    Args:
+        process: the Gaussian path.
+        net: network `net(c_noise, c_in * x, cond)`.
+        sigma_data: standard deviation of the data.
+
+    Returns:
+        A network for `Denoiser(process, net, predicts="x0")`.
+    """
+    return _Precondition(process, net, sigma_data)
+
+
+class _Batched(eqx.Module):
+    net: Callable[..., Any]
+    dtype: Any = eqx.field(static=True)
+
+    def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
+        t, inner = jnp.asarray(t, x.dtype), x
+        if self.dtype is not None:
+            inner = x.astype(self.dtype)
+        batched = [jax.tree.map(lambda a: jnp.asarray(a)[None], a) for a in (t, inner, cond)]
+        return self.net(*batched)[0].astype(x.dtype)
+
+
+class _Linen(eqx.Module):
+    module: Any = eqx.field(static=True)
+    variables: PyTree
+    kwargs: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+
+    def __call__(self, t: Any, x: Array, cond: Cond) -> Array:
+        args = (t, x) if cond is None else (t, x, cond)
+        return self.module.apply(self.variables, *args, **dict(self.kwargs))
+
+
+class _Nnx(eqx.Module):
+    graph: Any = eqx.field(static=True)
+    state: PyTree
+
+    def __call__(self, t: Any, x: Array, cond: Cond) -> Array:
+        from flax import nnx
+
+        return nnx.merge(self.graph, self.state)(*((t, x) if cond is None else (t, x, cond)))
+
+
+def from_batched(net: Callable[..., Any], *, dtype: Any = None) -> NetFn:
+    """Adapt a network with a leading batch axis to one sample at a time.
+
+    Under `jax.vmap` the added axis merges back into one batched call.
+
+    Args:
+        net: callable `net(t, x, cond)` with `t: (batch,)`, `x: (batch, *dims)` and every leaf of
+            `cond` with a leading batch axis (`cond=None` is passed on). No statistic of the batch
+            may enter the result.
+        dtype: dtype of `x` inside the network, bfloat16 for instance; that of `x` by default.
+            The output is cast back.
+
+    Returns:
+        A per-sample network for `Denoiser`.
+
+    Example:
+        >>> net = from_batched(lambda t, x, cond: t[:, None] * x)
+        >>> net(2.0, jnp.ones(3)).tolist()
+        [2.0, 2.0, 2.0]
+    """
+    return _Batched(net, dtype)
+
+
+def from_linen(module: Any, variables: PyTree, *, dtype: Any = None, **kwargs: Any) -> NetFn:
+    """Adapt a `flax.linen` module called as `module(t, x)` or `module(t, x, cond)`.
+
+    Args:
+        module: the linen module; static, so it is compared by value.
+        variables: what `module.apply` takes first, `{"params": ...}`; dynamic leaves.
+        dtype: dtype of `x` inside the network, see `from_batched`.
+        **kwargs: hashable keyword arguments of every `module.apply`, such as `train=False`.
+
+    Returns:
+        A per-sample network for `Denoiser`.
+    """
+    return _Batched(_Linen(module, variables, tuple(sorted(kwargs.items()))), dtype)
+
+
+def from_nnx(model: Any, *, dtype: Any = None) -> NetFn:
+    """Adapt a `flax.nnx` model called as `model(t, x)` or `model(t, x, cond)`.
+
+    The model is split once: its parameters become leaves and later changes of `model` are not
+    seen.
+
+    Args:
+        model: the nnx model, in evaluation mode.
+        dtype: dtype of `x` inside the network, see `from_batched`.
+
+    Returns:
+        A per-sample network for `Denoiser`.
+    """
+    from flax import nnx
+
+    return _Batched(_Nnx(*nnx.split(model)), dtype)

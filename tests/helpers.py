@@ -1,0 +1,35 @@
+"""The tables that tests are parametrised over: a new process or solver is one more row."""
+
+import numpy as np
+import pytest
+
+from jaxdiff import process
+
+PROCESSES = {
+    "VP": process.VP(),
+    "SubVP": process.SubVP(),
+    "Cosine": process.Cosine(),
+    "VE": process.VE(),
+    "EDM": process.EDM(),
+    "Rectified": process.Rectified(),
+    "Discrete": process.Discrete(np.linspace(1e-4, 0.02, 1000)),
+}
+
+
+def each(table, **kwargs):
+    """Parametrise over the values of a table, named by its keys."""
+    return pytest.mark.parametrize(
+        ",".join(kwargs) or "case", [pytest.param(v, id=k) for k, v in table.items()]
+    )
+
+
+each_process = pytest.mark.parametrize(
+    "path", [pytest.param(p, id=name) for name, p in PROCESSES.items()]
+)
+
+
+def inner_times(path, n=33, low=1e-3, high=1e-3):
+    """Times across the process, kept off ends where log-SNR is infinite."""
+    span = path.t_max - path.t_min
+    u = np.linspace(0.0, 1.0, n)
+    return (path.t_min + low * span) + u * span * (1 - low - high)
