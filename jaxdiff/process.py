@@ -9,6 +9,7 @@ A process writes only `log_alpha`, `log_sigma` and its range. Both are written w
 """
 
 import abc
+import itertools
 import math
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ def _positive_range(name: str, **values: Any) -> None:
         return
     numbers = [np.asarray(v, np.float64) for v in values.values()]
     if any(v.ndim for v in numbers) or not all(
-        0 <= a < b < math.inf for a, b in zip(numbers, numbers[1:], strict=False)
+        0 <= a < b < math.inf for a, b in itertools.pairwise(numbers)
     ):
         got = ", ".join(f"{k}={v!r}" for k, v in values.items())
         raise _check.bad(name, " < ".join(values), "finite, not negative and increasing", got)
@@ -364,7 +365,7 @@ class EDM(AbstractProcess):
 class Rectified(AbstractProcess):
     r"""Rectified flow (conditional optimal transport): $\alpha = 1 - t$, $\sigma = t$.
 
-    The velocity $dx/dt$ is noise minus data; flow papers run time the other way, $t_{flow} = 1 - t$.
+    The velocity $dx/dt$ is noise minus data; flow papers run the other way, $t_{flow} = 1 - t$.
     Both ends are included: $\sigma(0) = 0$ and $\alpha(1) = 0$, where log-SNR is infinite.
 
     References:
@@ -420,7 +421,7 @@ class Discrete(AbstractProcess):
     log_alphas: Array | np.ndarray
 
     def __init__(self, betas: Float[ArrayLike, " n"]) -> None:
-        """Accumulate $\\log\\alpha$ in float64, so that 1000 factors cost no precision."""
+        r"""Accumulate $\log\alpha$ in float64, so that 1000 factors cost no precision."""
         if not is_concrete(betas):
             self.log_alphas = 0.5 * jnp.cumsum(jnp.log1p(-jnp.asarray(betas)))
             return
