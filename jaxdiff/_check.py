@@ -42,7 +42,7 @@ def key(where: str, argument: str, value: Any) -> PRNGKeyArray:
     """
     if isinstance(value, (jax.Array, np.ndarray)) and value.dtype == jnp.uint32:
         if value.shape == (2,):
-            value = jax.random.wrap_key_data(value, impl="threefry2x32")
+            value = jax.random.wrap_key_data(jnp.asarray(value), impl="threefry2x32")
     if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise bad(where, argument, "a key from jax.random.key(seed)", type(value).__name__)
     if value.shape != ():

@@ -1,16 +1,21 @@
 """Array aliases, key streams and the float64 host evaluator that every module shares."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Real
 
 Scalar: TypeAlias = Float[Array, ""]
-ScalarLike: TypeAlias = Real[ArrayLike, ""]
+if TYPE_CHECKING:
+    ScalarLike: TypeAlias = float | Array | np.ndarray | np.floating
+else:
+    ScalarLike: TypeAlias = Real[ArrayLike, ""]
 Cond: TypeAlias = PyTree[Any]
 Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
 
@@ -37,7 +42,7 @@ def stream(key: PRNGKeyArray, index: Any) -> PRNGKeyArray:
 
 def is_concrete(*trees: Any) -> bool:
     """Say whether no leaf is being traced, so that values may be looked at now."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def _x64() -> Any:
