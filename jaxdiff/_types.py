@@ -47,8 +47,7 @@ def is_concrete(*trees: Any) -> bool:
 
 def _x64() -> Any:
     # jax.enable_x64 is the public name since 0.8; 0.7 has it under jax.experimental only.
-    switch = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    return switch(True)
+    return (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64(True)  # type: ignore
 
 
 def _widen(leaf: Any) -> Any:

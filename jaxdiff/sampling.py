@@ -1,0 +1,504 @@
+r"""Sampling: `draw` one sample, `sample` many, `check` the result.
+
+Sample $i$ is a function of `(key, i)` only: its starting noise comes from stream 0 of
+`fold_in(key, i)` and its solver noise from stream 1, step by step. Neither the number of samples,
+nor the size of a chunk, nor the devices enter.
+"""
+
+import functools
+from typing import Any, Literal, TypeAlias
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from jaxdiff import _check, grids
+from jaxdiff._types import INIT, SOLVER, Cond, ScalarLike, host64, is_concrete, stream
+from jaxdiff.score import AbstractDenoiser
+from jaxdiff.solvers.engine import AbstractGridSolver
+from jaxdiff.solvers.terms import (
+    AdditiveNoise,
+    Clock,
+    ClockName,
+    GridBrownian,
+    pf_ode,
+    reverse_sde,
+)
+
+Engine: TypeAlias = Literal["scan", "diffrax"]
+
+
+class Samples(eqx.Module):
+    """The result of `draw` (no leading axis) or `sample` (leading axis n).
+
+    Attributes:
+        x: samples, (n, *dims); NaN where the solve failed.
+        result: a `diffrax.RESULTS` per sample.
+        nfe: denoiser evaluations per sample, (n,); -1 where the solver does not tell.
+        aux: `"trajectory"` (n, nodes, *dims) and `"ts"` (n, nodes) if they were asked for.
+    """
+
+    x: Float[Array, "..."]
+    result: dfx.RESULTS
+    nfe: Int[Array, "..."]
+    aux: dict[str, Array]
+
+
+class _Plan(eqx.Module):
+    """Everything about a solve that does not depend on the sample, decided before tracing."""
+
+    solver: dfx.AbstractSolver
+    ts: Array  # the nodes that are stepped through
+    nodes: Array  # the same, as the clock reads them
+    scales: tuple[ScalarLike, ScalarLike]  # state / x at both ends
+    last: ScalarLike  # factor of the final denoising step
+    controller: dfx.AbstractStepSizeController | None
+    adjoint: dfx.AbstractAdjoint | None
+    clock: ClockName = eqx.field(static=True)
+    stochastic: bool = eqx.field(static=True)
+    denoise: bool = eqx.field(static=True)
+    engine: Engine = eqx.field(static=True)
+    trajectory: bool = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+
+def _ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
+    return jax.vmap(clock.of_t)(ts), jnp.stack([clock.scale(ts[0]), clock.scale(ts[-1])])
+
+
+def _values(process: Any, ts: Array) -> tuple[Array, Array]:
+    return jax.vmap(process.alpha)(ts), jax.vmap(process.sigma)(ts)
+
+
+def _plan(
+    where: str,
+    denoiser: AbstractDenoiser,
+    solver: Any,
+    ts: Any,
+    dtype: Any,
+    denoise: bool,
+    trajectory: bool,
+    engine: Engine | None,
+    equation: Literal["ode", "sde"] | None,
+    clock: ClockName | None,
+    controller: dfx.AbstractStepSizeController | None,
+    adjoint: dfx.AbstractAdjoint | None,
+    max_steps: int,
+) -> _Plan:
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
+        raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
+    process = denoiser.process
+    ts = grids.check(process, ts, where=where, dtype=dtype)
+    last: ScalarLike = 1.0
+    alphas, sigmas = host64(_values, process, ts)
+    if is_concrete(sigmas, alphas) and sigmas[-1] == 0:
+        # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
+        denoise, last, ts = True, alphas[-1], ts[:-1]
+    ours = isinstance(solver, AbstractGridSolver)
+    if ours:
+        if equation is not None or clock is not None or controller is not None:
+            given = "equation, clock and controller"
+            raise _check.bad(where, given, "left out: the solver decides them", type(solver))
+        clock, stochastic = "t", solver.stochastic
+        engine = "scan" if engine is None else engine
+        _check.choice(where, "engine", engine, ("scan", "diffrax"))
+        if ts.shape[0] > 1:
+            solver = solver.tabulate(process, ts)
+            if is_concrete(solver.rows):
+                _finite_rows(where, solver, ts)
+    else:
+        _check.choice(where, "engine", engine, (None, "diffrax"))
+        _check.choice(where, "equation", equation, (None, "ode", "sde"))
+        stochastic = isinstance(solver, dfx.AbstractSRK) if equation is None else equation == "sde"
+        if stochastic and clock not in (None, "u"):
+            raise _check.bad(where, "clock", "'u' for the reverse SDE", repr(clock))
+        default = "u" if stochastic else "r" if controller is None else "lam"
+        engine, clock = "diffrax", default if clock is None else clock
+    nodes, scales = host64(_ends, Clock(process, clock), ts)
+    if is_concrete(nodes, scales) and not (np.isfinite(nodes).all() and np.isfinite(scales).all()):
+        got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
+        raise _check.bad(where, "ts[0]", f"a time that {type(solver).__name__} can start at", got)
+    if is_concrete(nodes) and scales[0] == 0:
+        got = f"t={float(ts[0])!r}, where the state alpha x / sigma^2 holds nothing; start below it"
+        raise _check.bad(where, "ts[0]", f"a time that {type(solver).__name__} can start at", got)
+    cast = functools.partial(jnp.asarray, dtype=dtype)
+    solver = jax.tree.map(lambda a: cast(a) if isinstance(a, np.ndarray) else a, solver)
+    return _Plan(
+        solver, cast(ts), cast(nodes), (cast(scales[0]), cast(scales[1])), cast(last), controller,
+        adjoint, clock, stochastic, denoise, engine, trajectory, max_steps,
+    )  # fmt: skip
+
+
+def _finite_rows(where: str, solver: AbstractGridSolver, ts: Any) -> None:
+    finite = [np.isfinite(a).reshape(a.shape[0], -1).all(1) for a in jax.tree.leaves(solver.rows)]
+    good = np.all(finite, axis=0)
+    if not good.all():
+        t = float(ts[int(np.argmin(good))])
+        expected = f"times from which {type(solver).__name__} has a finite step"
+        raise _check.bad(where, "ts", expected, f"t={t!r}, at an infinite log-SNR")
+
+
+def _evaluations(solver: Any, steps: Any) -> Any:
+    """Count denoiser evaluations in `steps` steps; -1 where diffrax does not say."""
+    if isinstance(solver, AbstractGridSolver):
+        return solver.evaluations * steps
+    tableau = getattr(solver, "tableau", None)
+    if isinstance(tableau, dfx.ButcherTableau):
+        return (tableau.num_stages - 1) * steps + 1 if tableau.fsal else tableau.num_stages * steps
+    if isinstance(solver, dfx.AbstractSRK):
+        return len(tableau.b_sol) * steps
+    return steps if isinstance(solver, dfx.Euler) else -jnp.ones_like(jnp.asarray(steps))
+
+
+def _terms(denoiser: AbstractDenoiser, plan: _Plan, path: Any, cond: Cond) -> Any:
+    if not plan.stochastic:
+        return pf_ode(denoiser, plan.clock, cond)
+    if plan.clock == "u":
+        return reverse_sde(denoiser, path, cond)
+    return dfx.MultiTerm(pf_ode(denoiser, plan.clock, cond), AdditiveNoise(path))
+
+
+def _scan(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+    solver, ts = plan.solver, plan.ts
+    state = solver.init(terms, ts[0], ts[1], y0, None)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
+    def body(carry: tuple[Array, Any], times: tuple[Array, Array]) -> tuple[Any, Array | None]:
+        y, state = carry
+        y, _, _, state, _ = solver.step(terms, *times, y, None, state, False)
+        return (y, state), y if plan.trajectory else None
+
+    (y, _), ys = jax.lax.scan(body, (y0, state), (ts[:-1], ts[1:]))
+    path = jnp.concatenate([y0[None], ys]) if plan.trajectory else y0[None]
+    return y, path, dfx.RESULTS.successful, jnp.asarray(len(ts) - 1)
+
+
+def _diffeqsolve(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+    nodes = plan.ts if plan.clock == "t" else plan.nodes
+    n = nodes.shape[0] - 1
+    if plan.controller is None:
+        controller, max_steps = dfx.StepTo(nodes), n
+        # one checkpoint per step: diffrax's logarithmic default was measured 2-8x slower
+        adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=n)
+        saved = dict(t0=True, steps=True)
+    else:
+        controller, max_steps = plan.controller, plan.max_steps
+        adjoint = dfx.RecursiveCheckpointAdjoint()
+        saved = dict(ts=nodes)
+    solution = dfx.diffeqsolve(
+        terms,
+        plan.solver,
+        nodes[0],
+        nodes[-1],
+        None,
+        y0,
+        saveat=dfx.SaveAt(**saved) if plan.trajectory else dfx.SaveAt(t1=True),
+        stepsize_controller=controller,
+        adjoint=adjoint if plan.adjoint is None else plan.adjoint,
+        max_steps=max_steps,
+        throw=False,
+    )
+    return solution.ys[-1], solution.ys, solution.result, solution.stats["num_steps"]
+
+
+def _draw(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: jax.ShapeDtypeStruct,
+    plan: _Plan,
+    cond: Cond,
+    init: Array | None,
+    noise: dfx.AbstractBrownianPath | None,
+) -> Samples:
+    process, ts = denoiser.process, plan.ts
+    if init is None:
+        x = process.prior(stream(key, INIT), shape.shape, t=ts[0], dtype=shape.dtype)
+    else:
+        x = jnp.asarray(init, shape.dtype)
+    path = noise
+    if plan.stochastic and noise is None:
+        path = GridBrownian(stream(key, SOLVER), plan.nodes, shape)
+    trajectory = x[None]
+    result, steps = dfx.RESULTS.successful, jnp.asarray(0)
+    if ts.shape[0] > 1:
+        terms = _terms(denoiser, plan, path, cond)
+        solve = _scan if plan.engine == "scan" else _diffeqsolve
+        y0 = (x * plan.scales[0]).astype(x.dtype)
+        y, trajectory, result, steps = solve(plan, terms, y0)
+        x = (y / plan.scales[1]).astype(x.dtype)
+    nfe = jnp.asarray(_evaluations(plan.solver, steps))
+    if plan.denoise:
+        m = denoiser(ts[-1], x, cond)
+        x = (plan.last * m).astype(x.dtype)
+        nfe = jnp.where(nfe < 0, nfe, nfe + 1)
+    bad = (result == dfx.RESULTS.successful) & ~jnp.all(jnp.isfinite(x))
+    result = dfx.RESULTS.where(bad, dfx.RESULTS.nonfinite, result)
+    aux = {}
+    if plan.trajectory:
+        scale = jax.vmap(Clock(process, plan.clock).scale)(ts) if plan.clock != "t" else None
+        if scale is not None:
+            trajectory = trajectory / scale.reshape(-1, *(1,) * len(shape.shape))
+        if plan.denoise:
+            trajectory = jnp.concatenate([trajectory, x[None]])
+            ts = jnp.concatenate([ts, ts[-1:]])
+        aux = {"trajectory": trajectory.astype(x.dtype), "ts": ts}
+    x = jnp.where(result == dfx.RESULTS.successful, x, jnp.nan)
+    return Samples(x, result, nfe, aux)
+
+
+_draw_jit = eqx.filter_jit(_draw)
+
+
+def draw(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    solver: dfx.AbstractSolver,
+    ts: Float[Any, " nodes"],
+    cond: Cond = None,
+    init: Float[Any, "*dims"] | None = None,
+    noise: dfx.AbstractBrownianPath | None = None,
+    denoise: bool = False,
+    trajectory: bool = False,
+    engine: Engine | None = None,
+    equation: Literal["ode", "sde"] | None = None,
+    clock: ClockName | None = None,
+    controller: dfx.AbstractStepSizeController | None = None,
+    adjoint: dfx.AbstractAdjoint | None = None,
+    max_steps: int = 4096,
+    dtype: Any = None,
+) -> Samples:
+    r"""Draw one sample by integrating from `ts[0]` (noise) to `ts[-1]` (data).
+
+    $$ x_{t_0} \sim N(0, \sigma(t_0)^2 I), \qquad x_{t_{i+1}} = \mathrm{solver}(x_{t_i}) $$
+
+    A solver of jaxdiff decides between the PF-ODE and the reverse SDE by itself and runs in a plain
+    scan. A solver of diffrax runs in `diffrax.diffeqsolve`: on the PF-ODE, unless it is a
+    stochastic Runge-Kutta method or `equation="sde"`. If sigma vanishes at `ts[-1]`, the last step
+    is its exact limit $x = \alpha\,m$, for every solver.
+
+    Cost: as many network evaluations as `nfe` says; no autodiff. Memory does not grow with the
+    number of steps unless `trajectory` or a gradient is asked for.
+
+    Args:
+        key: a threefry key from `jax.random.key`; None if nothing random is left to draw.
+        denoiser: what to sample from.
+        shape: shape of the sample, `(*dims,)`.
+        solver: an instance, `jaxdiff.solvers.DDIM()` or `diffrax.Tsit5()`.
+        ts: strictly decreasing times inside the process, (nodes,); see `process.grid`.
+        cond: condition passed to the network.
+        init: $x_{t_0}$, (*dims,), instead of a draw from the prior.
+        noise: a Brownian path in clock `"u"` instead of one keyed by the grid.
+        denoise: finish with one more evaluation, $x = m(t_N, x)$: a step to sigma = 0.
+        trajectory: also return the states at all nodes, in `aux`.
+        engine: `"scan"` or `"diffrax"`, for solvers of jaxdiff; the results are equal.
+        equation: `"ode"` or `"sde"`, for solvers of diffrax.
+        clock: clock of the PF-ODE for solvers of diffrax: `"r"` on a fixed grid, `"lam"` under a
+            controller, by default.
+        controller: a diffrax step-size controller, for solvers of diffrax; `ts` then gives the
+            two ends and the times of `trajectory`.
+        adjoint: a diffrax adjoint, for the diffrax engine.
+        max_steps: bound on the steps under a controller.
+        dtype: dtype of the sample; the default float.
+
+    Returns:
+        `Samples` with `x: (*dims,)`. Nothing raises inside jit: a failed solve gives NaN and a
+        `result`, which `check` turns into an error.
+
+    Raises:
+        ValueError: before any computation, if an argument is wrong: `ts` is not a grid of the
+            process, a shape does not fit, `key` is missing or not threefry, or a solver cannot
+            start at `ts[0]`.
+
+    Example:
+        >>> import jaxdiff as jd
+        >>> vp = jd.process.VP()
+        >>> unit = jd.exact.gaussian(vp, jnp.zeros(2), 1.0)
+        >>> one = draw(jax.random.key(0), unit, (2,), solver=jd.solvers.DDIM(), ts=vp.grid(5))
+        >>> one.x.shape, int(one.nfe)
+        ((2,), 5)
+    """
+    shape, dtype = _check.dims("draw", "shape", shape), _dtype("draw", dtype)
+    plan = _plan(
+        "draw", denoiser, solver, ts, dtype, denoise, trajectory, engine, equation, clock,
+        controller, adjoint, max_steps,
+    )  # fmt: skip
+    init = _init("draw", init, shape)
+    key = _key("draw", key, needed=init is None or (plan.stochastic and noise is None))
+    return _draw_jit(key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, noise)
+
+
+def _dtype(where: str, dtype: Any) -> Any:
+    dtype = jnp.result_type(float if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise _check.bad(where, "dtype", "a floating dtype", dtype)
+    return dtype
+
+
+def _key(where: str, key: Any, needed: bool) -> PRNGKeyArray | None:
+    return None if key is None and not needed else _check.key(where, "key", key)
+
+
+def _init(where: str, init: Any, shape: tuple[int, ...]) -> Array | None:
+    if init is None:
+        return None
+    init = jnp.asarray(init)
+    if init.shape != shape:
+        raise _check.bad(where, "init", f"of shape {shape}", f"shape {init.shape}")
+    return init
+
+
+def _chunk(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: jax.ShapeDtypeStruct,
+    plan: _Plan,
+    cond: Cond,
+    init: Array | None,
+    start: Any,
+    rows: Int[Array, " chunk"],
+) -> Samples:
+    """Draw the samples of the given rows of this call."""
+
+    def one(row: Array, cond: Cond, init: Array | None) -> Samples:
+        own = None if key is None else stream(key, start + row)
+        return _draw(own, denoiser, shape, plan, cond, init, None)
+
+    cond, init = jax.tree.map(lambda a: jnp.asarray(a)[rows], (cond, init))
+    return eqx.filter_vmap(one)(rows, cond, init)
+
+
+_chunk_jit = eqx.filter_jit(_chunk)
+
+
+@eqx.filter_jit
+def _all_chunks(rows: Int[Array, "chunks chunk"], *args: Any) -> Samples:
+    if rows.shape[0] == 1:
+        return _chunk(*args, rows[0])
+    out = jax.lax.map(lambda r: _chunk(*args, r), rows)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+
+def sample(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    num: int,
+    solver: dfx.AbstractSolver,
+    ts: Float[Any, " nodes"],
+    cond: Cond = None,
+    init: Float[Any, "num *dims"] | None = None,
+    start: Int[Any, ""] | int = 0,
+    chunk: int | None = None,
+    progress: bool = False,
+    denoise: bool = False,
+    trajectory: bool = False,
+    engine: Engine | None = None,
+    equation: Literal["ode", "sde"] | None = None,
+    clock: ClockName | None = None,
+    controller: dfx.AbstractStepSizeController | None = None,
+    adjoint: dfx.AbstractAdjoint | None = None,
+    max_steps: int = 4096,
+    dtype: Any = None,
+) -> Samples:
+    r"""Draw the samples `start, ..., start + num - 1` of the sequence that `key` names.
+
+    Sample $i$ is `draw(fold_in(key, i), ...)`: it does not depend on `num`, `start` or `chunk`.
+    All samples of a chunk run in one vectorised program; its width is `chunk` even where fewer
+    samples are left, so one program serves every chunk and every `num`.
+
+    Args:
+        key: a threefry key; None if nothing random is left to draw.
+        denoiser: what to sample from.
+        shape: shape of one sample, `(*dims,)`.
+        num: how many samples.
+        solver: as in `draw`.
+        ts: as in `draw`.
+        cond: conditions, every leaf with leading axis `num`.
+        init: starting states, (num, *dims), instead of draws from the prior.
+        start: index of the first sample; may be traced.
+        chunk: samples per vectorised program, to bound memory; all of them by default.
+        progress: show a bar over the chunks (needs tqdm, and no tracing around this call).
+        denoise: as in `draw`.
+        trajectory: as in `draw`.
+        engine: as in `draw`.
+        equation: as in `draw`.
+        clock: as in `draw`.
+        controller: as in `draw`.
+        adjoint: as in `draw`.
+        max_steps: as in `draw`.
+        dtype: as in `draw`.
+
+    Returns:
+        `Samples` with `x: (num, *dims)`.
+
+    Raises:
+        ValueError: as `draw`, and if `num` or `chunk` is not positive or a leaf of `cond` has
+            another leading axis than `num`.
+
+    Example:
+        >>> import jaxdiff as jd
+        >>> vp = jd.process.VP()
+        >>> unit = jd.exact.gaussian(vp, jnp.zeros(2), 1.0)
+        >>> many = sample(jax.random.key(0), unit, (2,), num=3, solver=jd.solvers.DDIM(),
+        ...               ts=vp.grid(5))
+        >>> many.x.shape
+        (3, 2)
+    """
+    shape, dtype = _check.dims("sample", "shape", shape), _dtype("sample", dtype)
+    _check.whole("sample", "num", num, 1)
+    _check.whole("sample", "chunk", num if chunk is None else chunk, 1)
+    plan = _plan(
+        "sample", denoiser, solver, ts, dtype, denoise, trajectory, engine, equation, clock,
+        controller, adjoint, max_steps,
+    )  # fmt: skip
+    init = _init("sample", init, (num, *shape))
+    key = _key("sample", key, needed=init is None or plan.stochastic)
+    for leaf in jax.tree.leaves(cond):
+        if jnp.shape(leaf)[:1] != (num,):
+            got = f"a leaf of shape {jnp.shape(leaf)}"
+            raise _check.bad("sample", "cond", f"leaves with leading axis num={num}", got)
+    width = num if chunk is None else chunk
+    count = -(-num // width)
+    rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
+    args = (key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, jnp.asarray(start))
+    if progress:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(rows, desc="sample", unit="chunk")
+        pieces = [jax.block_until_ready(_chunk_jit(*args, r)) for r in bar]
+        out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
+    else:
+        out = _all_chunks(rows, *args)
+    return jax.tree.map(lambda a: a[:num], out)
+
+
+def check(samples: PyTree) -> Any:
+    """Return `samples`, or raise on the host if any of them failed.
+
+    Args:
+        samples: a result of `draw` or `sample`.
+
+    Raises:
+        RuntimeError: naming how many samples failed, which, and why.
+    """
+    codes = np.atleast_1d(jax.tree.leaves(samples.result)[0])
+    failed = np.atleast_1d(samples.result != dfx.RESULTS.successful)
+    if not failed.any():
+        return samples
+    reasons = []
+    for code in np.unique(codes[failed]):
+        i = int(np.argmax(codes == code))
+        item = jax.tree.map(lambda a, i=i: np.atleast_1d(a)[i], samples.result)
+        reasons.append(f"{dfx.RESULTS[item].strip()} ({int((codes == code).sum())} samples)")
+    raise RuntimeError(
+        f"check: {failed.sum()} of {failed.size} samples failed, first at index "
+        f"{np.flatnonzero(failed)[0]}: " + "; ".join(reasons)
+    )
