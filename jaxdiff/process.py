@@ -163,7 +163,7 @@ class AbstractProcess(eqx.Module):
         Args:
             second_moment: $E|x_0|^2$ of the data, summed over dimensions.
         """
-        return self.snr(self.t_max) * second_moment / 2
+        return self.snr(self.t_max) * jnp.asarray(second_moment) / 2
 
     def grid(
         self,

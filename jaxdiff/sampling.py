@@ -6,7 +6,7 @@ nor the size of a chunk, nor the devices enter.
 """
 
 import functools
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import diffrax as dfx
 import equinox as eqx
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jaxdiff import _check, grids
-from jaxdiff._types import INIT, SOLVER, Cond, ScalarLike, host64, is_concrete, stream
+from jaxdiff import _check
+from jaxdiff._types import INIT, SOLVER, Cond, stream
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
+from jaxdiff.solvers.plan import Engine, Options, Plan, plan_solve
 from jaxdiff.solvers.terms import (
     AdditiveNoise,
     Clock,
@@ -27,8 +28,6 @@ from jaxdiff.solvers.terms import (
     pf_ode,
     reverse_sde,
 )
-
-Engine: TypeAlias = Literal["scan", "diffrax"]
 
 
 class Samples(eqx.Module):
@@ -47,115 +46,19 @@ class Samples(eqx.Module):
     aux: dict[str, Array]
 
 
-class _Plan(eqx.Module):
-    """Everything about a solve that does not depend on the sample, decided before tracing."""
-
-    solver: dfx.AbstractSolver
-    ts: Array  # the nodes that are stepped through
-    nodes: Array  # the same, as the clock reads them
-    scales: tuple[ScalarLike, ScalarLike]  # state / x at both ends
-    last: ScalarLike  # factor of the final denoising step
-    controller: dfx.AbstractStepSizeController | None
-    adjoint: dfx.AbstractAdjoint | None
-    clock: ClockName = eqx.field(static=True)
-    stochastic: bool = eqx.field(static=True)
-    denoise: bool = eqx.field(static=True)
-    engine: Engine = eqx.field(static=True)
-    trajectory: bool = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-
-
-def _ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
-    return jax.vmap(clock.of_t)(ts), jnp.stack([clock.scale(ts[0]), clock.scale(ts[-1])])
-
-
-def _values(process: Any, ts: Array) -> tuple[Array, Array]:
-    return jax.vmap(process.alpha)(ts), jax.vmap(process.sigma)(ts)
-
-
-def _plan(
-    where: str,
-    denoiser: AbstractDenoiser,
-    solver: Any,
-    ts: Any,
-    dtype: Any,
-    denoise: bool,
-    trajectory: bool,
-    engine: Engine | None,
-    equation: Literal["ode", "sde"] | None,
-    clock: ClockName | None,
-    controller: dfx.AbstractStepSizeController | None,
-    adjoint: dfx.AbstractAdjoint | None,
-    max_steps: int,
-) -> _Plan:
-    if not isinstance(denoiser, AbstractDenoiser):
-        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
-        raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
-    process = denoiser.process
-    ts = grids.check(process, ts, where=where, dtype=dtype)
-    last: ScalarLike = 1.0
-    alphas, sigmas = host64(_values, process, ts)
-    if is_concrete(sigmas, alphas) and sigmas[-1] == 0:
-        # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
-        denoise, last, ts = True, alphas[-1], ts[:-1]
-    ours = isinstance(solver, AbstractGridSolver)
-    if ours:
-        if equation is not None or clock is not None or controller is not None:
-            given = "equation, clock and controller"
-            raise _check.bad(where, given, "left out: the solver decides them", type(solver))
-        clock, stochastic = "t", solver.stochastic
-        engine = "scan" if engine is None else engine
-        _check.choice(where, "engine", engine, ("scan", "diffrax"))
-        if ts.shape[0] > 1:
-            solver = solver.tabulate(process, ts)
-            if is_concrete(solver.rows):
-                _finite_rows(where, solver, ts)
-    else:
-        _check.choice(where, "engine", engine, (None, "diffrax"))
-        _check.choice(where, "equation", equation, (None, "ode", "sde"))
-        stochastic = isinstance(solver, dfx.AbstractSRK) if equation is None else equation == "sde"
-        if stochastic and clock not in (None, "u"):
-            raise _check.bad(where, "clock", "'u' for the reverse SDE", repr(clock))
-        default = "u" if stochastic else "r" if controller is None else "lam"
-        engine, clock = "diffrax", default if clock is None else clock
-    nodes, scales = host64(_ends, Clock(process, clock), ts)
-    if is_concrete(nodes, scales) and not (np.isfinite(nodes).all() and np.isfinite(scales).all()):
-        got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
-        raise _check.bad(where, "ts[0]", f"a time that {type(solver).__name__} can start at", got)
-    if is_concrete(nodes) and scales[0] == 0:
-        got = f"t={float(ts[0])!r}, where the state alpha x / sigma^2 holds nothing; start below it"
-        raise _check.bad(where, "ts[0]", f"a time that {type(solver).__name__} can start at", got)
-    cast = functools.partial(jnp.asarray, dtype=dtype)
-    solver = jax.tree.map(lambda a: cast(a) if isinstance(a, np.ndarray) else a, solver)
-    return _Plan(
-        solver, cast(ts), cast(nodes), (cast(scales[0]), cast(scales[1])), cast(last), controller,
-        adjoint, clock, stochastic, denoise, engine, trajectory, max_steps,
-    )  # fmt: skip
-
-
-def _finite_rows(where: str, solver: AbstractGridSolver, ts: Any) -> None:
-    finite = [np.isfinite(a).reshape(a.shape[0], -1).all(1) for a in jax.tree.leaves(solver.rows)]
-    good = np.all(finite, axis=0)
-    if not good.all():
-        t = float(ts[int(np.argmin(good))])
-        expected = f"times from which {type(solver).__name__} has a finite step"
-        raise _check.bad(where, "ts", expected, f"t={t!r}, at an infinite log-SNR")
-
-
 def _evaluations(solver: Any, steps: Any) -> Any:
     """Count denoiser evaluations in `steps` steps; -1 where diffrax does not say."""
     if isinstance(solver, AbstractGridSolver):
         return solver.evaluations * steps
+    if isinstance(solver, dfx.AbstractSRK):
+        return len(solver.tableau.b_sol) * steps
     tableau = getattr(solver, "tableau", None)
     if isinstance(tableau, dfx.ButcherTableau):
         return (tableau.num_stages - 1) * steps + 1 if tableau.fsal else tableau.num_stages * steps
-    if isinstance(solver, dfx.AbstractSRK):
-        return len(tableau.b_sol) * steps
     return steps if isinstance(solver, dfx.Euler) else -jnp.ones_like(jnp.asarray(steps))
 
 
-def _terms(denoiser: AbstractDenoiser, plan: _Plan, path: Any, cond: Cond) -> Any:
+def _terms(denoiser: AbstractDenoiser, plan: Plan, path: Any, cond: Cond) -> Any:
     if not plan.stochastic:
         return pf_ode(denoiser, plan.clock, cond)
     if plan.clock == "u":
@@ -163,7 +66,7 @@ def _terms(denoiser: AbstractDenoiser, plan: _Plan, path: Any, cond: Cond) -> An
     return dfx.MultiTerm(pf_ode(denoiser, plan.clock, cond), AdditiveNoise(path))
 
 
-def _scan(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+def _scan(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
     solver, ts = plan.solver, plan.ts
     state = solver.init(terms, ts[0], ts[1], y0, None)
 
@@ -178,18 +81,18 @@ def _scan(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
     return y, path, dfx.RESULTS.successful, jnp.asarray(len(ts) - 1)
 
 
-def _diffeqsolve(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+def _diffeqsolve(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
     nodes = plan.ts if plan.clock == "t" else plan.nodes
     n = nodes.shape[0] - 1
     if plan.controller is None:
         controller, max_steps = dfx.StepTo(nodes), n
         # one checkpoint per step: diffrax's logarithmic default was measured 2-8x slower
         adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=n)
-        saved = dict(t0=True, steps=True)
+        trajectory = dfx.SaveAt(t0=True, steps=True)
     else:
         controller, max_steps = plan.controller, plan.max_steps
         adjoint = dfx.RecursiveCheckpointAdjoint()
-        saved = dict(ts=nodes)
+        trajectory = dfx.SaveAt(ts=nodes)
     solution = dfx.diffeqsolve(
         terms,
         plan.solver,
@@ -197,20 +100,21 @@ def _diffeqsolve(plan: _Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any,
         nodes[-1],
         None,
         y0,
-        saveat=dfx.SaveAt(**saved) if plan.trajectory else dfx.SaveAt(t1=True),
+        saveat=trajectory if plan.trajectory else dfx.SaveAt(t1=True),
         stepsize_controller=controller,
         adjoint=adjoint if plan.adjoint is None else plan.adjoint,
         max_steps=max_steps,
         throw=False,
     )
-    return solution.ys[-1], solution.ys, solution.result, solution.stats["num_steps"]
+    ys: Any = solution.ys
+    return ys[-1], ys, solution.result, solution.stats["num_steps"]
 
 
 def _draw(
-    key: PRNGKeyArray | None,
+    key: Any,
     denoiser: AbstractDenoiser,
     shape: jax.ShapeDtypeStruct,
-    plan: _Plan,
+    plan: Plan,
     cond: Cond,
     init: Array | None,
     noise: dfx.AbstractBrownianPath | None,
@@ -222,7 +126,7 @@ def _draw(
         x = jnp.asarray(init, shape.dtype)
     path = noise
     if plan.stochastic and noise is None:
-        path = GridBrownian(stream(key, SOLVER), plan.nodes, shape)
+        path = GridBrownian(key=stream(key, SOLVER), nodes=plan.nodes, shape=shape)
     trajectory = x[None]
     result, steps = dfx.RESULTS.successful, jnp.asarray(0)
     if ts.shape[0] > 1:
@@ -234,19 +138,19 @@ def _draw(
     nfe = jnp.asarray(_evaluations(plan.solver, steps))
     if plan.denoise:
         m = denoiser(ts[-1], x, cond)
-        x = (plan.last * m).astype(x.dtype)
+        x = (plan.last[0] * m).astype(x.dtype)
         nfe = jnp.where(nfe < 0, nfe, nfe + 1)
     bad = (result == dfx.RESULTS.successful) & ~jnp.all(jnp.isfinite(x))
-    result = dfx.RESULTS.where(bad, dfx.RESULTS.nonfinite, result)
+    nonfinite: Any = dfx.RESULTS.nonfinite
+    result = dfx.RESULTS.where(bad, nonfinite, result)
     aux = {}
     if plan.trajectory:
-        scale = jax.vmap(Clock(process, plan.clock).scale)(ts) if plan.clock != "t" else None
-        if scale is not None:
-            trajectory = trajectory / scale.reshape(-1, *(1,) * len(shape.shape))
+        scales = jax.vmap(lambda t: jnp.asarray(Clock(process, plan.clock).scale(t)))(ts)
+        trajectory = jax.vmap(jnp.divide)(trajectory, scales).astype(x.dtype)
         if plan.denoise:
             trajectory = jnp.concatenate([trajectory, x[None]])
-            ts = jnp.concatenate([ts, ts[-1:]])
-        aux = {"trajectory": trajectory.astype(x.dtype), "ts": ts}
+            ts = jnp.append(ts, plan.last[1])
+        aux = {"trajectory": trajectory, "ts": ts}
     x = jnp.where(result == dfx.RESULTS.successful, x, jnp.nan)
     return Samples(x, result, nfe, aux)
 
@@ -325,10 +229,8 @@ def draw(
         ((2,), 5)
     """
     shape, dtype = _check.dims("draw", "shape", shape), _dtype("draw", dtype)
-    plan = _plan(
-        "draw", denoiser, solver, ts, dtype, denoise, trajectory, engine, equation, clock,
-        controller, adjoint, max_steps,
-    )  # fmt: skip
+    options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
+    plan = plan_solve("draw", denoiser, solver, ts, dtype, options)
     init = _init("draw", init, shape)
     key = _key("draw", key, needed=init is None or (plan.stochastic and noise is None))
     return _draw_jit(key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, noise)
@@ -355,14 +257,14 @@ def _init(where: str, init: Any, shape: tuple[int, ...]) -> Array | None:
 
 
 def _chunk(
+    rows: Int[Array, " chunk"],
     key: PRNGKeyArray | None,
     denoiser: AbstractDenoiser,
     shape: jax.ShapeDtypeStruct,
-    plan: _Plan,
+    plan: Plan,
     cond: Cond,
     init: Array | None,
     start: Any,
-    rows: Int[Array, " chunk"],
 ) -> Samples:
     """Draw the samples of the given rows of this call."""
 
@@ -378,10 +280,10 @@ _chunk_jit = eqx.filter_jit(_chunk)
 
 
 @eqx.filter_jit
-def _all_chunks(rows: Int[Array, "chunks chunk"], *args: Any) -> Samples:
+def _all_chunks(rows: Int[Array, "chunks chunk"], args: tuple[Any, ...]) -> Samples:
     if rows.shape[0] == 1:
-        return _chunk(*args, rows[0])
-    out = jax.lax.map(lambda r: _chunk(*args, r), rows)
+        return _chunk(rows[0], *args)
+    out = jax.lax.map(lambda r: _chunk(r, *args), rows)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
 
@@ -455,10 +357,8 @@ def sample(
     shape, dtype = _check.dims("sample", "shape", shape), _dtype("sample", dtype)
     _check.whole("sample", "num", num, 1)
     _check.whole("sample", "chunk", num if chunk is None else chunk, 1)
-    plan = _plan(
-        "sample", denoiser, solver, ts, dtype, denoise, trajectory, engine, equation, clock,
-        controller, adjoint, max_steps,
-    )  # fmt: skip
+    options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
+    plan = plan_solve("sample", denoiser, solver, ts, dtype, options)
     init = _init("sample", init, (num, *shape))
     key = _key("sample", key, needed=init is None or plan.stochastic)
     for leaf in jax.tree.leaves(cond):
@@ -468,15 +368,16 @@ def sample(
     width = num if chunk is None else chunk
     count = -(-num // width)
     rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
-    args = (key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, jnp.asarray(start))
+    struct = jax.ShapeDtypeStruct(shape, dtype)
+    args: Any = (key, denoiser, struct, plan, cond, init, jnp.asarray(start))
     if progress:
         from tqdm.auto import tqdm
 
         bar = tqdm(rows, desc="sample", unit="chunk")
-        pieces = [jax.block_until_ready(_chunk_jit(*args, r)) for r in bar]
+        pieces = [jax.block_until_ready(_chunk_jit(r, *args)) for r in bar]
         out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
     else:
-        out = _all_chunks(rows, *args)
+        out = _all_chunks(rows, args)
     return jax.tree.map(lambda a: a[:num], out)
 
 
@@ -496,7 +397,7 @@ def check(samples: PyTree) -> Any:
     reasons = []
     for code in np.unique(codes[failed]):
         i = int(np.argmax(codes == code))
-        item = jax.tree.map(lambda a, i=i: np.atleast_1d(a)[i], samples.result)
+        item = jax.tree.map(lambda a, i=i: np.asarray(np.atleast_1d(a)[i]), samples.result)
         reasons.append(f"{dfx.RESULTS[item].strip()} ({int((codes == code).sum())} samples)")
     raise RuntimeError(
         f"check: {failed.sum()} of {failed.size} samples failed, first at index "

@@ -75,7 +75,8 @@ def posterior(
     Returns:
         The summary of all atoms, whose means are $m = \sum_i w_i y_i$ and
         $\hat\epsilon = \sum_i w_i(x - \alpha y_i)/\sigma$; `top + log(mass)` is
-        $\log\sum_i p_i e^{-|x - \alpha y_i|^2/2\sigma^2}$. Memory is O(chunk d), whatever the number of atoms.
+        $\log\sum_i p_i e^{-|x - \alpha y_i|^2/2\sigma^2}$. Memory is O(chunk d), whatever
+        the number of atoms.
     """
 
     def piece(chunk: Array, log_p: Array) -> Moments:

@@ -1,0 +1,149 @@
+"""What can be decided about a solve before tracing: grid, clock, engine and coefficients."""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxdiff import _check, grids
+from jaxdiff._types import host64, is_concrete
+from jaxdiff.score import AbstractDenoiser
+from jaxdiff.solvers.engine import AbstractGridSolver
+from jaxdiff.solvers.terms import Clock, ClockName
+
+Engine: TypeAlias = Literal["scan", "diffrax"]
+
+
+class Options(NamedTuple):
+    """The arguments that `draw` and `sample` share beside the mathematical ones."""
+
+    denoise: bool
+    trajectory: bool
+    engine: Engine | None
+    equation: Literal["ode", "sde"] | None
+    clock: ClockName | None
+    controller: dfx.AbstractStepSizeController | None
+    adjoint: dfx.AbstractAdjoint | None
+    max_steps: int
+
+
+class Plan(eqx.Module):
+    """Everything about a solve that does not depend on the sample, decided before tracing."""
+
+    solver: dfx.AbstractSolver
+    ts: Array  # the nodes that are stepped through
+    nodes: Array  # the same, as the clock reads them
+    scales: tuple[Array, Array]  # state / x at both ends
+    last: tuple[Array, Array]  # factor and time of a final denoising step
+    controller: dfx.AbstractStepSizeController | None
+    adjoint: dfx.AbstractAdjoint | None
+    clock: ClockName = eqx.field(static=True)
+    stochastic: bool = eqx.field(static=True)
+    denoise: bool = eqx.field(static=True)
+    engine: Engine = eqx.field(static=True)
+    trajectory: bool = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+
+def plan_solve(
+    where: str, denoiser: Any, solver: Any, ts: Any, dtype: Any, options: Options
+) -> Plan:
+    """Check the arguments of a solve and compute all that its samples share.
+
+    Args:
+        where: name of the calling function, for messages.
+        denoiser: the denoiser.
+        solver: a solver of jaxdiff or diffrax.
+        ts: the grid, (nodes,).
+        dtype: dtype of the state.
+        options: the remaining arguments.
+
+    Raises:
+        ValueError: naming the first argument that is wrong.
+    """
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
+        raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
+    process = denoiser.process
+    ts = grids.check(process, ts, where=where, dtype=dtype)
+    denoise, last = options.denoise, (1.0, ts[-1])
+    alphas, sigmas = host64(_scales, process, ts)
+    if is_concrete(sigmas) and sigmas[-1] == 0:
+        # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
+        denoise, last, ts = True, (alphas[-1], ts[-1]), ts[:-1]
+    if isinstance(solver, AbstractGridSolver):
+        solver, engine, stochastic, clock = _our_engine(where, process, solver, ts, options)
+    else:
+        engine, stochastic, clock = _their_engine(where, solver, options)
+    nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
+    if is_concrete(nodes, scales) and not (np.all(np.isfinite(nodes)) and np.all(scales > 0)):
+        expected = f"a time that {type(solver).__name__} can start at"
+        got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
+        raise _check.bad(where, "ts[0]", expected, got)
+    arrays = (ts, nodes, (scales[0], scales[1]), last)
+    solver = jax.tree.map(
+        lambda a: jnp.asarray(a, dtype) if isinstance(a, np.ndarray) else a, solver
+    )
+    return Plan(
+        solver,
+        *jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays),
+        controller=options.controller,
+        adjoint=options.adjoint,
+        clock=clock,
+        stochastic=stochastic,
+        denoise=denoise,
+        engine=engine,
+        trajectory=options.trajectory,
+        max_steps=options.max_steps,
+    )
+
+
+def _scales(process: Any, ts: Array) -> tuple[Array, Array]:
+    return jax.vmap(process.alpha)(ts), jax.vmap(process.sigma)(ts)
+
+
+def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
+    return jax.vmap(clock.of_t)(ts), jnp.stack([clock.scale(ts[0]), clock.scale(ts[-1])])
+
+
+def _our_engine(
+    where: str, process: Any, solver: AbstractGridSolver, ts: Any, options: Options
+) -> tuple[Any, Engine, bool, ClockName]:
+    for name in ("equation", "clock", "controller"):
+        if getattr(options, name) is not None:
+            expected = f"left out, since {type(solver).__name__} decides it"
+            raise _check.bad(where, name, expected, repr(getattr(options, name)))
+    _check.choice(where, "engine", options.engine, (None, "scan", "diffrax"))
+    if ts.shape[0] > 1:
+        solver = solver.tabulate(process, ts)
+        if is_concrete(solver.rows):
+            _finite_rows(where, solver, ts)
+    return solver, options.engine or "scan", solver.stochastic, "t"
+
+
+def _their_engine(
+    where: str, solver: dfx.AbstractSolver, options: Options
+) -> tuple[Engine, bool, ClockName]:
+    _check.choice(where, "engine", options.engine, (None, "diffrax"))
+    _check.choice(where, "equation", options.equation, (None, "ode", "sde"))
+    stochastic = options.equation == "sde"
+    if options.equation is None:
+        stochastic = isinstance(solver, dfx.AbstractSRK)
+    clocks = ("u",) if stochastic else ("r", "s", "lam", "t")
+    _check.choice(where, "clock", options.clock, (None, *clocks))
+    default = "u" if stochastic else "r" if options.controller is None else "lam"
+    return "diffrax", stochastic, options.clock or default
+
+
+def _finite_rows(where: str, solver: AbstractGridSolver, ts: Any) -> None:
+    finite = [np.isfinite(a).reshape(a.shape[0], -1).all(1) for a in jax.tree.leaves(solver.rows)]
+    good = np.all(finite, axis=0)
+    if not good.all():
+        t = float(ts[int(np.argmin(good))])
+        expected = f"times from which {type(solver).__name__} has a finite step"
+        raise _check.bad(where, "ts", expected, f"t={t!r}, at an infinite log-SNR")
