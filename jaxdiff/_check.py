@@ -35,6 +35,14 @@ def dims(where: str, argument: str, shape: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in shape)
 
 
+def two_sets(where: str, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+    """Return two sets of samples as rows, or raise ValueError unless their samples match."""
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    if x.ndim < 2 or x.shape[1:] != y.shape[1:]:
+        raise bad(where, "y", f"samples of the shape of x, {x.shape}", y.shape)
+    return x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
+
+
 def key(where: str, argument: str, value: Any) -> PRNGKeyArray:
     """Return a typed threefry key, or raise if `value` is not one.
 

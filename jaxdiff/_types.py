@@ -1,7 +1,7 @@
 """Array aliases, key streams and the float64 host evaluator that every module shares."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -22,6 +22,7 @@ Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
 _T = TypeVar("_T")
 
 
+@runtime_checkable
 class NetFn(Protocol):
     """Any pytree callable that maps one noisy sample to one prediction."""
 

@@ -7,7 +7,7 @@ process. It is a plain array: any strictly decreasing array of the user's own do
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxdiff import _check
 from jaxdiff._types import ScalarLike, host64, is_concrete
 
 
+@runtime_checkable
 class Path(Protocol):
     """What a grid needs to know of a process."""
 

@@ -10,12 +10,6 @@ from jaxdiff import _check
 from jaxdiff._types import Scalar
 
 
-def _rows(where: str, x: Array, y: Array) -> tuple[Array, Array]:
-    if x.ndim < 2 or x.shape[1:] != y.shape[1:]:
-        raise _check.bad(where, "y", f"samples of one shape, as x with {x.shape}", y.shape)
-    return x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
-
-
 def _reduce_distances(x: Array, y: Array, reduce: Callable[[Array], Array]) -> Array:
     """Apply a reduction to the distances of each row of `x` to all rows of `y`, in O(n) memory."""
 
@@ -46,7 +40,7 @@ def energy_distance(x: Float[Array, "n *dims"], y: Float[Array, "m *dims"]) -> S
     References:
         Szekely, Rizzo 2013, "Energy statistics: a class of statistics based on distances".
     """
-    x, y = _rows("energy_distance", x, y)
+    x, y = _check.two_sets("energy_distance", x, y)
     n, m = x.shape[0], y.shape[0]
     if min(n, m) < 2:
         raise _check.bad("energy_distance", "x and y", "two samples or more", f"{n} and {m}")
@@ -71,4 +65,4 @@ def nearest_distance(x: Float[Array, "n *dims"], y: Float[Array, "m *dims"]) -> 
     Raises:
         ValueError: if the sets do not hold samples of one shape.
     """
-    return _reduce_distances(*_rows("nearest_distance", x, y), jnp.min)
+    return _reduce_distances(*_check.two_sets("nearest_distance", x, y), jnp.min)

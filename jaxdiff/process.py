@@ -35,6 +35,11 @@ def _positive_range(name: str, **values: Any) -> None:
         raise _check.bad(name, " < ".join(values), "finite, not negative and increasing", got)
 
 
+def _real(value: ScalarLike) -> Scalar:
+    """Return a floating array: integers are times and log-SNRs too."""
+    return jnp.asarray(value, jnp.result_type(value, float))
+
+
 class AbstractProcess(eqx.Module):
     """A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
 
@@ -76,17 +81,17 @@ class AbstractProcess(eqx.Module):
 
     def rates(self, t: ScalarLike) -> tuple[Scalar, Scalar]:
         r"""Return $(\alpha'(t), \sigma'(t))$, the velocity of the path's two scales."""
-        t = jnp.asarray(t, jnp.result_type(t, float))
+        t = _real(t)
         return jax.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (jnp.ones_like(t),))[1]
 
     def f(self, t: ScalarLike) -> Scalar:
         r"""Return the drift rate $f = d\log\alpha/dt$ of $dx = f x\,dt + g\,dW$."""
-        t = jnp.asarray(t, jnp.result_type(t, float))
+        t = _real(t)
         return jax.jvp(self.log_alpha, (t,), (jnp.ones_like(t),))[1]
 
     def g2(self, t: ScalarLike) -> Scalar:
         r"""Return the squared diffusion $g^2 = -2\sigma^2\,d\lambda/dt$."""
-        t = jnp.asarray(t, jnp.result_type(t, float))
+        t = _real(t)
         dlam = jax.jvp(self.lam, (t,), (jnp.ones_like(t),))[1]
         return -2 * self.sigma(t) ** 2 * dlam
 
@@ -96,7 +101,7 @@ class AbstractProcess(eqx.Module):
         Subclasses override it where the inverse is closed. Derivatives are those of the inverse
         function: one Newton step at the solution, whose own derivative is $1/\lambda'$.
         """
-        lam = jnp.asarray(lam, jnp.result_type(lam, float))
+        lam = _real(lam)
         fixed = jax.tree.map(jax.lax.stop_gradient, self)
         target = jax.lax.stop_gradient(lam)
         low = jnp.full_like(lam, fixed.t_min)
@@ -200,7 +205,7 @@ class _LinearBeta(AbstractProcess):
         r"""Return $B(t) = \int_0^t \beta = \tfrac12(\beta_1 - \beta_0)t^2 + \beta_0 t$."""
         return jnp.asarray((0.5 * (self.beta_max - self.beta_min) * t + self.beta_min) * t)
 
-    def t_of_integral(self, integral: ScalarLike) -> Scalar:
+    def t_of_integral(self, integral: Scalar) -> Scalar:
         r"""Return the time at which $B(t)$ equals `integral`, without cancellation."""
         slope = self.beta_max - self.beta_min
         return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
@@ -225,7 +230,7 @@ class VP(_LinearBeta):
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert by $B = \log(1 + e^{-2\lambda})$."""
-        return self.t_of_integral(jax.nn.softplus(-2 * jnp.asarray(lam)))
+        return self.t_of_integral(jax.nn.softplus(-2 * _real(lam)))
 
 
 class SubVP(_LinearBeta):
@@ -241,7 +246,7 @@ class SubVP(_LinearBeta):
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert by $B = 2\,\mathrm{asinh}(e^{-\lambda}/2)$."""
-        return self.t_of_integral(2 * jnp.arcsinh(jnp.exp(-jnp.asarray(lam)) / 2))
+        return self.t_of_integral(2 * jnp.arcsinh(jnp.exp(-_real(lam)) / 2))
 
 
 class Cosine(AbstractProcess):
@@ -280,7 +285,7 @@ class Cosine(AbstractProcess):
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert by $\tan a = \sqrt{\sin^2 a_0 + \sigma^2\cos^2 a_0}\,/\,(\alpha\cos a_0)$."""
-        lam = jnp.asarray(lam)
+        lam = _real(lam)
         alpha2, sigma2 = jax.nn.sigmoid(2 * lam), jax.nn.sigmoid(-2 * lam)
         _, _, a0 = self._angles(0.0)
         sine = jnp.sqrt(jnp.sin(a0) ** 2 + sigma2 * jnp.cos(a0) ** 2)
@@ -308,17 +313,17 @@ class VE(AbstractProcess):
 
     def log_alpha(self, t: ScalarLike) -> Scalar:
         """Return 0."""
-        return jnp.zeros_like(jnp.asarray(t, jnp.result_type(t, float)))
+        return jnp.zeros_like(_real(t))
 
     def log_sigma(self, t: ScalarLike) -> Scalar:
         r"""Return $\log\sigma_{min} + t\,\log(\sigma_{max}/\sigma_{min})$."""
         low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
-        return low + jnp.asarray(t) * (high - low)
+        return low + _real(t) * (high - low)
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert the straight line $-\lambda = \log\sigma(t)$."""
         low, high = jnp.log(self.sigma_min), jnp.log(self.sigma_max)
-        return (-jnp.asarray(lam) - low) / (high - low)
+        return (-_real(lam) - low) / (high - low)
 
 
 class EDM(AbstractProcess):
@@ -347,19 +352,19 @@ class EDM(AbstractProcess):
 
     def log_alpha(self, t: ScalarLike) -> Scalar:
         """Return 0."""
-        return jnp.zeros_like(jnp.asarray(t, jnp.result_type(t, float)))
+        return jnp.zeros_like(_real(t))
 
     def log_sigma(self, t: ScalarLike) -> Scalar:
         r"""Return $\log t$."""
-        return jnp.log(t)
+        return jnp.log(_real(t))
 
     def sigma(self, t: ScalarLike) -> Scalar:
         """Return `t` itself: exact, and differentiable at 0."""
-        return jnp.asarray(t, jnp.result_type(t, float))
+        return _real(t)
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Return $e^{-\lambda}$."""
-        return jnp.exp(-jnp.asarray(lam))
+        return jnp.exp(-_real(lam))
 
 
 class Rectified(AbstractProcess):
@@ -382,23 +387,23 @@ class Rectified(AbstractProcess):
 
     def log_alpha(self, t: ScalarLike) -> Scalar:
         r"""Return $\log(1 - t)$."""
-        return jnp.log1p(-jnp.asarray(t))
+        return jnp.log1p(-_real(t))
 
     def log_sigma(self, t: ScalarLike) -> Scalar:
         r"""Return $\log t$."""
-        return jnp.log(t)
+        return jnp.log(_real(t))
 
     def alpha(self, t: ScalarLike) -> Scalar:
         """Return `1 - t` itself: exact, and differentiable at 1."""
-        return 1 - jnp.asarray(t, jnp.result_type(t, float))
+        return 1 - _real(t)
 
     def sigma(self, t: ScalarLike) -> Scalar:
         """Return `t` itself: exact, and differentiable at 0."""
-        return jnp.asarray(t, jnp.result_type(t, float))
+        return _real(t)
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Return the logistic of $-\lambda$."""
-        return jax.nn.sigmoid(-jnp.asarray(lam))
+        return jax.nn.sigmoid(-_real(lam))
 
 
 class Discrete(AbstractProcess):
@@ -446,7 +451,7 @@ class Discrete(AbstractProcess):
 
     def log_alpha(self, t: ScalarLike) -> Scalar:
         r"""Interpolate $\log\alpha$ linearly between the integers."""
-        t = jnp.asarray(t, jnp.result_type(t, float))
+        t = _real(t)
         table = jnp.asarray(self.log_alphas, t.dtype)
         i = jnp.clip(jnp.floor(t).astype(int), 0, table.shape[0] - 2)
         return table[i] + (t - i) * (table[i + 1] - table[i])
@@ -457,7 +462,7 @@ class Discrete(AbstractProcess):
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert $\log\alpha = -\tfrac12\log(1 + e^{-2\lambda})$ in the table."""
-        lam = jnp.asarray(lam, jnp.result_type(lam, float))
+        lam = _real(lam)
         table = jnp.asarray(self.log_alphas, lam.dtype)
         target = -0.5 * jax.nn.softplus(-2 * lam)
         i = jnp.clip(jnp.searchsorted(-table, -target, side="right") - 1, 0, table.shape[0] - 2)

@@ -34,8 +34,16 @@ from jaxdiff.process import AbstractProcess
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
 
 
-def _mix(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:
-    """Return (a, b) of the table above, with the score scaled by sigma to stay finite."""
+def mixing(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:
+    r"""Return $(a, b)$ of the module's table: a prediction is $o = a\,m + b\,\hat\epsilon$.
+
+    The score stands here multiplied by sigma, $b = -1$, to stay finite where sigma vanishes.
+
+    Args:
+        process: the Gaussian path.
+        kind: one of `PREDICTIONS`.
+        t: time, ().
+    """
     match kind:
         case "x0":
             return 1.0, 0.0
@@ -97,7 +105,7 @@ class AbstractDenoiser(eqx.Module):
 
     def _view(self, kind: Prediction, t: ScalarLike, x: Any, cond: Cond) -> Array:
         m, eps = self.pair(t, x, cond)
-        a, b = _mix(self.process, kind, t)
+        a, b = mixing(self.process, kind, t)
         return (a * m + b * eps).astype(m.dtype)
 
 
@@ -139,7 +147,11 @@ class Denoiser(AbstractDenoiser):
         if not callable(self.net):
             raise _check.bad("Denoiser", "net", "callable as net(t, x, cond)", repr(self.net))
 
-    def _raw(self, t: ScalarLike, x: Array, cond: Cond) -> Array:
+    def raw(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        """Return what the network says, of the kind `predicts`."""
+        x = _floating(x)
         out = jnp.asarray(self.net(jnp.asarray(t, x.dtype), x, cond))
         if out.shape != x.shape:
             raise _check.bad(
@@ -152,11 +164,11 @@ class Denoiser(AbstractDenoiser):
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$ by the 2x2 system of the module's head."""
         x = _floating(x)
-        out = self._raw(t, x, cond)
+        out = self.raw(t, x, cond)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.predicts == "score":
             out = out * sigma
-        a, b = _mix(self.process, self.predicts, t)
+        a, b = mixing(self.process, self.predicts, t)
         det = alpha * b - sigma * a
         m = out if self.predicts == "x0" else (b * x - sigma * out) / det
         if self.predicts == "eps":
@@ -169,7 +181,7 @@ class Denoiser(AbstractDenoiser):
 
     def _view(self, kind: Prediction, t: ScalarLike, x: Any, cond: Cond) -> Array:
         if kind == self.predicts:  # the network's own output, with no round trip through the pair
-            return self._raw(t, _floating(x), cond)
+            return self.raw(t, x, cond)
         return super()._view(kind, t, x, cond)
 
 

@@ -1,4 +1,4 @@
-r"""Transport distances between sets of samples."""
+"""Transport distances between sets of samples."""
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +60,7 @@ def sliced_wasserstein(
         Bonneel, Rabin, Peyre, Pfister 2015, "Sliced and Radon Wasserstein Barycenters of Measures".
     """
     _check.whole("sliced_wasserstein", "projections", projections, 1)
-    if x.ndim < 2 or x.shape[1:] != y.shape[1:]:
-        expected = f"samples of one shape, as x with {x.shape}"
-        raise _check.bad("sliced_wasserstein", "y", expected, y.shape)
-    x, y = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
+    x, y = _check.two_sets("sliced_wasserstein", x, y)
     theta = jax.random.normal(key, (projections, x.shape[1]), x.dtype)
     theta = theta / jnp.linalg.norm(theta, axis=1, keepdims=True)
 

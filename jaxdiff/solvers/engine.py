@@ -13,7 +13,7 @@ step-size controller they are built in the step. Short histories are zero weight
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -109,7 +109,7 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
             x1 = x1 + row.noise * at.normal(state.step, x)
         return x1, m
 
-    def tabulate(self, process: AbstractProcess, ts: Float[Any, " nodes"]) -> Self:
+    def tabulate(self, process: AbstractProcess, ts: Any) -> "AbstractGridSolver":
         """Return this solver with the rows of a known grid, computed in float64.
 
         Use it with a step-size controller that steps to exactly these times.

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
 from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check, score
 from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, stream
@@ -141,9 +141,9 @@ def denoising_loss(
     """
     process, kind = denoiser.process, denoiser.predicts
     x, eps = process.perturb(key, t, x0)
-    a, b = score._mix(process, kind, t)
+    a, b = score.mixing(process, kind, t)
     alpha, sigma = process.alpha(t), process.sigma(t)
-    out = denoiser._raw(t, x, cond)
+    out = denoiser.raw(t, x, cond)
     # The score enters as sigma * score (its b is -1), which is finite at sigma = 0.
     error = (sigma * out if kind == "score" else out) - (a * x0 + b * eps)
     square = jnp.mean(error.astype(jnp.promote_types(error.dtype, jnp.float32)) ** 2)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
@@ -50,9 +51,10 @@ def init(key: PRNGKeyArray, params: PyTree, optimiser: optax.GradientTransformat
     """
     key = _check.key("init", "key", key)
     for path, leaf in jax.tree.leaves_with_path(params):
-        if not eqx.is_array(leaf):
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
             name = "params" + jax.tree_util.keystr(path)
             raise _check.bad("init", name, "an array", type(leaf).__name__)
+    params = jax.tree.map(jnp.asarray, params)
     opt_state = optimiser.init(eqx.filter(params, eqx.is_inexact_array))
     return TrainState(
         jnp.asarray(0, jnp.int32), params, jax.tree.map(_wide, params), opt_state, key
@@ -105,7 +107,7 @@ def make_step(
             return ema + (1 - decay) * (_wide(new) - ema) if eqx.is_inexact_array(ema) else new
 
         ema = jax.tree.map(average, state.ema, params)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "aux": aux}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), "aux": aux}
         return TrainState(state.step + 1, params, ema, opt_state, state.key), metrics
 
     return step

@@ -1,0 +1,183 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from helpers import PROCESSES, each_process, inner_times
+from jaxtyping import config
+
+from jaxdiff.process import EDM, VE, VP, Rectified
+from jaxdiff.score import PREDICTIONS, Denoiser
+from jaxdiff.train import loss
+
+KEY = jax.random.key(7)
+X0 = jnp.linspace(-1.0, 2.0, 6).reshape(2, 3)
+ONE = loss.WEIGHTS["eps"]
+
+
+def net(t, x, cond=None):
+    return jnp.sin(2 * x + t) + 0.3
+
+
+def losses_of(path, kind, weight, t):
+    return loss.denoising_loss(KEY, Denoiser(path, net, kind), X0, t=t, weight=weight)
+
+
+@pytest.fixture
+def unchecked():
+    """Switch the annotations off, as they are for users, so that the library's own checks speak."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@each_process
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_weight_acts_on_the_eps_error(path, kind):
+    denoiser = Denoiser(path, net, kind)
+    for t in inner_times(path, 5, 0.1, 0.1):
+        x, eps = path.perturb(KEY, t, X0)
+        got = losses_of(path, kind, lambda lam: 2 + jnp.tanh(lam), t)
+        error = denoiser.eps(t, x) - eps
+        expected = (2 + jnp.tanh(path.lam(t))) * jnp.mean(error**2)
+        np.testing.assert_allclose(got, expected, rtol=1e-7)
+
+
+@each_process
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_default_is_the_error_of_the_own_prediction(path, kind):
+    t = inner_times(path, 3)[1]
+    x, eps = path.perturb(KEY, t, X0)
+    alpha_dot, sigma_dot = path.rates(t)
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    target = {
+        "x0": X0,
+        "eps": eps,
+        "score": -eps / sigma,
+        "v": alpha * eps - sigma * X0,
+        "velocity": alpha_dot * X0 + sigma_dot * eps,
+    }[kind]
+    expected = jnp.mean((net(t, x) - target) ** 2)
+    np.testing.assert_allclose(losses_of(path, kind, None, t), expected, rtol=1e-10)
+
+
+ENDS = [(kind, t) for kind in PREDICTIONS for t in (0.0, 1.0) if (kind, t) != ("x0", 0.0)]
+
+
+@pytest.mark.parametrize("kind,t", ENDS)
+def test_finite_at_the_ends_of_the_path(kind, t):
+    def scaled(c):
+        denoiser = Denoiser(Rectified(), lambda t, x, cond: c * x, kind)
+        return loss.denoising_loss(KEY, denoiser, X0, t=t, weight=ONE)
+
+    assert np.all(np.isfinite(jax.value_and_grad(scaled)(0.7)))
+
+
+# name: weight, path, prediction, the published weight on the error of that prediction.
+NATIVE = {
+    "eps": (loss.WEIGHTS["eps"], VP(), "eps", lambda snr: 1.0),
+    "x0": (loss.WEIGHTS["x0"], VP(), "x0", lambda snr: 1.0),
+    "v": (loss.WEIGHTS["v"], VP(), "v", lambda snr: 1.0),
+    "flow": (loss.WEIGHTS["flow"], Rectified(), "velocity", lambda snr: 1.0),
+    "edm": (loss.edm(0.7), EDM(), "x0", lambda snr: (1 / snr + 0.49) / (0.49 / snr)),
+    "min_snr_x0": (loss.min_snr(5), VP(), "x0", lambda snr: np.minimum(snr, 5)),
+    "min_snr_v": (loss.min_snr(5), VP(), "v", lambda snr: np.minimum(snr, 5) / (snr + 1)),
+    "p2": (loss.p2(1, 0.5), VP(), "eps", lambda snr: 1 / (1 + snr) ** 0.5),
+    "debiased": (loss.WEIGHTS["debiased"], VP(), "eps", lambda snr: 1 / np.sqrt(snr)),
+    "truncated": (loss.WEIGHTS["truncated"], VP(), "x0", lambda snr: np.maximum(snr, 1)),
+    "sigmoid": (loss.sigmoid(2), VP(), "eps", lambda snr: 1 / (1 + snr * np.exp(-2))),
+}
+
+
+@pytest.mark.parametrize("weight,path,kind,native", NATIVE.values(), ids=NATIVE)
+def test_weights_equal_their_published_form(weight, path, kind, native):
+    for t in inner_times(path, 7, 0.01, 0.01):
+        expected = native(float(path.snr(t))) * losses_of(path, kind, None, t)
+        np.testing.assert_allclose(losses_of(path, kind, weight, t), expected, rtol=1e-9)
+
+
+def test_minimiser_is_the_posterior_mean_of_gaussian_data():
+    path, std, t, n = VP(), 1.5, 0.4, 20_000
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    best = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    x0 = std * jax.random.normal(jax.random.key(1), (n, 1))
+
+    def of(c):
+        denoiser = Denoiser(path, lambda t, x, cond: c * x, "x0")
+        return loss.batch_loss(KEY, denoiser, x0, sample_t=lambda p, u: jnp.full_like(u, t))[1]
+
+    slopes = jax.jacfwd(of)(best)
+    error = jnp.std(slopes) / np.sqrt(n)
+    assert abs(jnp.mean(slopes)) < 4 * error
+    assert abs(jnp.mean(jax.jacfwd(of)(1.1 * best))) > 10 * error
+    curvature = jax.hessian(lambda c: jnp.mean(of(c)))(best)  # quadratic: one Newton step fits it
+    fitted = 0.2 - jnp.mean(jax.jacfwd(of)(0.2)) / curvature
+    assert abs(fitted - best) < 4 * error / curvature
+
+
+def test_times_are_stratified_and_examples_independent():
+    path, n = Rectified(), 8
+    clock = Denoiser(path, lambda t, x, cond: t + 0 * x, "x0")
+    mean, square = jax.jit(lambda x0: loss.batch_loss(KEY, clock, x0))(jnp.zeros((n, 3)))
+    u = n * np.sqrt(square)
+    assert np.floor(u).tolist() == list(range(n))
+    np.testing.assert_allclose(np.diff(u), 1, rtol=1e-6)
+    np.testing.assert_allclose(mean, np.mean(square))
+
+    denoiser = Denoiser(path, net, "velocity")
+    x0 = jax.random.normal(KEY, (n, 3))
+    first = loss.batch_loss(KEY, denoiser, x0)[1]
+    second = loss.batch_loss(KEY, denoiser, x0.at[3].add(1.0))[1]
+    assert np.flatnonzero(first != second).tolist() == [3]
+    assert not np.any(first == loss.batch_loss(jax.random.key(8), denoiser, x0)[1])
+
+
+def test_example_weights_and_conditions():
+    n = 4
+    denoiser = Denoiser(VP(), lambda t, x, cond: cond["shift"] + 0 * x, "x0")
+    cond = {"shift": jnp.arange(1.0, n + 1)}
+    w = jnp.array([0.0, 2.0, 0.5, 1.5])
+    mean, losses = loss.batch_loss(KEY, denoiser, jnp.zeros((n, 2)), cond, example_weight=w)
+    np.testing.assert_allclose(losses, cond["shift"] ** 2)
+    np.testing.assert_allclose(mean, np.mean(w * losses))
+
+
+def test_errors_name_the_argument(unchecked):
+    denoiser = Denoiser(VP(), net)
+    with pytest.raises(ValueError, match=r"example_weight must be of shape \(4,\), got \(3,\)"):
+        loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2)), example_weight=jnp.ones(3))
+    with pytest.raises(ValueError, match="batch_loss: x0 must be floating, got int64"):
+        loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2), int))
+    with pytest.raises(ValueError, match="logsnr_time: process must be of finite log-SNR"):
+        loss.logsnr_time(Rectified(), 0.5)
+
+
+def test_lognormal_time_has_its_law_inside_the_process():
+    path, u = EDM(), np.linspace(0.001, 0.999, 101)
+    t = jax.vmap(lambda u: loss.lognormal_time(-1.2, 1.2)(path, u))(jnp.asarray(u))
+    ends = (np.log([path.sigma_min, path.sigma_max]) + 1.2) / 1.2
+    np.testing.assert_allclose(np.log(t), -1.2 + 1.2 * scipy.stats.truncnorm(*ends).ppf(u))
+
+
+@each_process
+def test_times_stay_in_the_process(path):
+    samplers = [loss.uniform_time, loss.lognormal_time()]
+    samplers += [] if path is PROCESSES["Rectified"] else [loss.logsnr_time]
+    u = jnp.linspace(0.0, 1.0, 65)[1:-1]
+    for sample_t in samplers:
+        t = jax.vmap(lambda u, sample_t=sample_t: sample_t(path, u))(u)
+        slack = 1e-9 * path.t_max
+        assert np.all((t >= path.t_min - slack) & (t <= path.t_max + slack))
+        assert np.all(np.diff(t) > 0)
+    if loss.logsnr_time in samplers:
+        assert np.std(np.diff(jax.vmap(path.lam)(t))) < 1e-6
+
+
+def test_float32_and_low_precision():
+    with jax.enable_x64(False):
+        x0 = jax.random.normal(KEY, (64, 5), jnp.bfloat16)
+        for kind in PREDICTIONS:
+            denoiser = Denoiser(VE(), lambda t, x, cond: x, kind)
+            sample_t = loss.lognormal_time()
+            mean, _ = loss.batch_loss(KEY, denoiser, x0, sample_t=sample_t, weight=loss.min_snr())
+            assert mean.dtype == jnp.float32 and np.isfinite(mean)
