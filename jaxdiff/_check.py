@@ -15,7 +15,7 @@ def bad(where: str, argument: str, expected: str, got: Any) -> ValueError:
 
 def choice(where: str, argument: str, value: Any, options: Any) -> None:
     """Raise ValueError unless `value` is one of `options`."""
-    if value not in options:
+    if value not in tuple(options):
         raise bad(where, argument, "one of " + ", ".join(map(repr, options)), repr(value))
 
 

@@ -121,7 +121,7 @@ def make(
     u = np.arange(n + 1) / n
     if not is_concrete(path, start, end):
         return _nodes(kind, path, jnp.asarray(u), jnp.asarray(start), jnp.asarray(end))
-    check(path, np.array([start, end], np.float64), where="grid", argument="t_start > t_end")
+    check(path, [start, end], where="grid", argument="t_start > t_end")
     for name, t, kinds in (("t_start", start, ("logsnr", "edm")), ("t_end", end, ("logsnr",))):
         if kind in kinds and not np.isfinite(host64(path.lam, np.float64(t))):
             raise _check.bad("grid", name, f"a time of finite log-SNR for kind={kind!r}", repr(t))
@@ -157,6 +157,8 @@ def check(
             ts = np.asarray(ts, np.float64)
         except (TypeError, ValueError):
             raise _check.bad(where, argument, "an array of times", repr(ts)) from None
+    if not jnp.issubdtype(ts.dtype, jnp.number) or jnp.issubdtype(ts.dtype, jnp.complexfloating):
+        raise _check.bad(where, argument, "an array of times", repr(ts))
     if ts.ndim != 1 or ts.shape[0] < 2:
         raise _check.bad(where, argument, "of shape (nodes,) with 2 or more nodes", ts.shape)
     if not is_concrete(ts):

@@ -91,9 +91,8 @@ class AbstractProcess(eqx.Module):
 
     def g2(self, t: ScalarLike) -> Scalar:
         r"""Return the squared diffusion $g^2 = -2\sigma^2\,d\lambda/dt$."""
-        t = _real(t)
-        dlam = jax.jvp(self.lam, (t,), (jnp.ones_like(t),))[1]
-        return -2 * self.sigma(t) ** 2 * dlam
+        sigma = self.sigma(t)
+        return 2 * sigma * (self.rates(t)[1] - self.f(t) * sigma)  # no 0 * inf where sigma = 0
 
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Return the time at which $\lambda(t)$ equals `lam`, by bisection on `[t_min, t_max]`.
@@ -102,7 +101,8 @@ class AbstractProcess(eqx.Module):
         function: one Newton step at the solution, whose own derivative is $1/\lambda'$.
         """
         lam = _real(lam)
-        fixed = jax.tree.map(jax.lax.stop_gradient, self)
+        number, hold = (float, np.ndarray, jax.Array), jax.lax.stop_gradient
+        fixed = jax.tree.map(lambda leaf: hold(leaf) if isinstance(leaf, number) else leaf, self)
         target = jax.lax.stop_gradient(lam)
         low = jnp.full_like(lam, fixed.t_min)
         high = jnp.full_like(lam, fixed.t_max)
@@ -158,7 +158,8 @@ class AbstractProcess(eqx.Module):
         x = jnp.asarray(x)
         log_sigma = self.log_sigma(self.t_max if t is None else t)
         square = jnp.sum((x * jnp.exp(-log_sigma)) ** 2)
-        return -0.5 * square - x.size * (log_sigma + 0.5 * math.log(2 * math.pi))
+        log_prob = -0.5 * square - x.size * (log_sigma + 0.5 * math.log(2 * math.pi))
+        return log_prob.astype(x.dtype)
 
     def leak(self, second_moment: ScalarLike) -> Scalar:
         r"""Bound the divergence of the law at `t_max` from the prior, in nats.
@@ -276,7 +277,9 @@ class Cosine(AbstractProcess):
     def log_alpha(self, t: ScalarLike) -> Scalar:
         r"""Return $\log\cos a - \log\cos a_0$."""
         a, _, a0 = self._angles(t)
-        return jnp.log(jnp.cos(a)) - jnp.log(jnp.cos(a0))
+        left = 0.5 * math.pi * (1 - _real(t)) / (1 + self.s)  # pi/2 - a, exact near t = 1
+        cosine = jnp.where(a < math.pi / 4, jnp.cos(a), jnp.sin(left))
+        return jnp.log(cosine) - jnp.log(jnp.cos(a0))
 
     def log_sigma(self, t: ScalarLike) -> Scalar:
         r"""Return half the log of $\sin(a - a_0)\sin(a + a_0)/\cos^2 a_0$."""
@@ -449,12 +452,16 @@ class Discrete(AbstractProcess):
         """N - 1, the index of the last (noisiest) step."""
         return float(self.log_alphas.shape[0] - 1)
 
+    def _table(self, dtype: Any) -> tuple[Array, Array]:
+        xp = np if isinstance(self.log_alphas, np.ndarray) else jnp  # difference before rounding
+        return jnp.asarray(self.log_alphas, dtype), jnp.asarray(xp.diff(self.log_alphas), dtype)
+
     def log_alpha(self, t: ScalarLike) -> Scalar:
         r"""Interpolate $\log\alpha$ linearly between the integers."""
         t = _real(t)
-        table = jnp.asarray(self.log_alphas, t.dtype)
-        i = jnp.clip(jnp.floor(t).astype(int), 0, table.shape[0] - 2)
-        return table[i] + (t - i) * (table[i + 1] - table[i])
+        table, slopes = self._table(t.dtype)
+        i = jnp.clip(jnp.floor(t).astype(int), 0, slopes.shape[0] - 1)
+        return table[i] + (t - i) * slopes[i]
 
     def log_sigma(self, t: ScalarLike) -> Scalar:
         r"""Return $\tfrac12\log(1 - \alpha^2)$."""
@@ -463,7 +470,7 @@ class Discrete(AbstractProcess):
     def t_of_lam(self, lam: ScalarLike) -> Scalar:
         r"""Invert $\log\alpha = -\tfrac12\log(1 + e^{-2\lambda})$ in the table."""
         lam = _real(lam)
-        table = jnp.asarray(self.log_alphas, lam.dtype)
+        table, slopes = self._table(lam.dtype)
         target = -0.5 * jax.nn.softplus(-2 * lam)
-        i = jnp.clip(jnp.searchsorted(-table, -target, side="right") - 1, 0, table.shape[0] - 2)
-        return i + (target - table[i]) / (table[i + 1] - table[i])
+        i = jnp.clip(jnp.searchsorted(-table, -target, side="right") - 1, 0, slopes.shape[0] - 1)
+        return i + (target - table[i]) / slopes[i]

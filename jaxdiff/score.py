@@ -88,8 +88,7 @@ class AbstractDenoiser(eqx.Module):
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> Float[Array, "*dims"]:
         r"""Return the score $\nabla\log q_t(x) = -\hat\epsilon/\sigma$."""
-        eps = self.eps(t, x, cond)
-        return (-eps / self.process.sigma(t)).astype(eps.dtype)
+        return self._view("score", t, x, cond)
 
     def v(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
@@ -105,6 +104,8 @@ class AbstractDenoiser(eqx.Module):
 
     def _view(self, kind: Prediction, t: ScalarLike, x: Any, cond: Cond) -> Array:
         m, eps = self.pair(t, x, cond)
+        if kind == "score":
+            return (-eps / self.process.sigma(t)).astype(m.dtype)
         a, b = mixing(self.process, kind, t)
         return (a * m + b * eps).astype(m.dtype)
 

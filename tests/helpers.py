@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdiff import process
+from jaxdiff import process, solvers
 
 PROCESSES = {
     "VP": process.VP(),
@@ -33,3 +33,16 @@ def inner_times(path, n=33, low=1e-3, high=1e-3):
     span = path.t_max - path.t_min
     u = np.linspace(0.0, 1.0, n)
     return (path.t_min + low * span) + u * span * (1 - low - high)
+
+
+# Every solver of ours: (instance, order on the PF-ODE or None, evaluations per step).
+SOLVERS = {
+    "DDIM": (solvers.DDIM(), 1, 1),
+    "DPMpp2M": (solvers.DPMpp2M(), 2, 1),
+    "Heun": (solvers.Heun(), 2, 2),
+    "DDIM(eta=0.5)": (solvers.DDIM(eta=0.5), None, 1),
+    "DDIM(eta=1)": (solvers.DDIM(eta=1.0), None, 1),
+    "EulerMaruyama(u)": (solvers.EulerMaruyama("u"), None, 1),
+    "EulerMaruyama(t)": (solvers.EulerMaruyama("t"), None, 1),
+}
+DETERMINISTIC = {name: row for name, row in SOLVERS.items() if row[1] is not None}

@@ -8,6 +8,7 @@ checkpoint. Leftovers of killed saves are ignored, and removed by the next save.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -102,8 +103,6 @@ def save(path: str | os.PathLike[str], state: Any, *, keep: int = 2) -> Path:
         ValueError: if `keep` is less than 1.
         CheckpointError: if it cannot be written, or if JAX runs in several processes.
     """
-    import jaxdiff
-
     _check.whole("save", "keep", keep, 1)
     root, step = Path(path).absolute(), int(state.step)
     final = root / f"step_{step:08d}"
@@ -122,7 +121,7 @@ def save(path: str | os.PathLike[str], state: Any, *, keep: int = 2) -> Path:
         manifest = {
             "format": _FORMAT,
             "step": step,
-            "jaxdiff": jaxdiff.__version__,
+            "jaxdiff": importlib.metadata.version("jaxdiff"),
             "leaves": {name: _spec(leaf) for name, leaf in leaves.items()},
             "files": _files(temporary),
         }

@@ -1,0 +1,259 @@
+"""The import rules: who may import whom, read from the sources, and what `import jaxdiff` loads."""
+
+import ast
+import graphlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "jaxdiff"
+
+# Each layer may import the layers before it, never its own or a later one.
+LAYERS = [
+    ("_types", "_check"),
+    ("grids",),
+    ("process",),
+    ("score",),
+    ("streaming",),
+    ("exact",),
+    ("fisher", "solvers", "flow", "guidance"),
+    ("sampling",),
+    ("shard", "particles", "inverse"),
+]
+ANYTHING = {"__init__", "cli", "demo", "_demo"}
+PROGRAMS = {"cli", "demo", "_demo"}  # import anything, imported by nothing but each other
+ALLOWED = {unit: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for unit in layer}
+ALLOWED |= {
+    "train": {"score", "flow", "fisher", "process", "grids", "_types", "_check"},
+    "metrics": {"_types", "_check"},
+    "transport": {"_types", "_check"},
+    "pretrained": {"score", "process", "grids", "_types", "_check"},
+}
+
+# Third parties: where at the top of a module, and where only when called. A name with no dot
+# stands for the module or the whole package.
+FREE = {"jax", "jaxlib", "numpy", "equinox", "jaxtyping"}
+EVERYWHERE = {"*"}
+TOP = {
+    "diffrax": {"solvers", "sampling"},
+    "lineax": {"fisher", "inverse", "guidance"},
+    "optax": {"train"},
+    "orbax": {"train"},
+    "flax": {"train.nets", "pretrained"},
+    "rich": PROGRAMS,
+    "tqdm": PROGRAMS,
+    "sklearn": PROGRAMS,
+    "matplotlib": PROGRAMS,
+    "ott": set(),
+}
+CALLED = {
+    "optax": EVERYWHERE,
+    "orbax": EVERYWHERE,
+    "flax": {"score"},
+    "tqdm": {"sampling", "train"},  # a bar where it is installed
+    "ott": {"flow", "transport", "metrics"},
+}
+LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm")
+
+
+def modules(root):
+    """All modules under the package: dotted name without the package's -> source."""
+    found = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        found[".".join(parts)] = file.read_text()
+    return found
+
+
+def imports(name, source, known):
+    """Yield (dotted target, deferred) for every import of a module; `eqx.internal` counts."""
+    package = ["jaxdiff", *name.split(".")[:-1]]
+
+    def visit(node, deferred):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            deferred = True
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            deferred = True
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, deferred) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = node.module.split(".") if node.module else []
+            if node.level:
+                base = package[: len(package) - node.level + 1] + base
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                inner = full.removeprefix("jaxdiff.")
+                is_module = inner in known or f"{inner}.__init__" in known
+                is_module |= base[0] != "jaxdiff"  # of third parties only the head matters
+                yield (full if is_module else ".".join(base)), deferred
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("eqx.internal",):
+            yield "equinox.internal", deferred
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, deferred)
+
+    yield from visit(ast.parse(source), False)
+
+
+def within(name, places):
+    """Whether a module is one of the places or lies in one of them."""
+    return "*" in places or any(name == p or name.startswith(f"{p}.") for p in places)
+
+
+def violations(name, source, known):
+    """Every broken rule of one module, in words."""
+    unit = name.split(".")[0]
+    if unit not in ALLOWED and unit not in ANYTHING:
+        yield f"{name}: add the unit {unit!r} to the tables of tests/test_imports.py"
+        return
+    for target, deferred in imports(name, source, known):
+        head, *rest = target.split(".")
+        if head == "jaxdiff":
+            other = rest[0] if rest else "__init__"
+            if other in PROGRAMS and unit not in PROGRAMS:
+                yield f"{name} imports the program {target}"
+            elif other not in ALLOWED and other not in ANYTHING:
+                yield f"{name} imports {target}: add {other!r} to the tables of test_imports.py"
+            elif unit not in ANYTHING and other != unit and other not in ALLOWED[unit]:
+                yield f"{name} imports {target}, which is not below it"
+        elif target.startswith("equinox.internal"):
+            yield f"{name} imports equinox.internal, which is private"
+        elif head in sys.stdlib_module_names or head in FREE:
+            continue
+        elif head not in TOP:
+            yield f"{name} imports {target}: add {head!r} to the tables of tests/test_imports.py"
+        elif within(name, TOP[head]) or unit in PROGRAMS:
+            continue
+        elif not (deferred and within(name, CALLED.get(head, set()))):
+            where = "at its top" if not deferred else "in a function"
+            yield f"{name} imports {target} {where}, which only others may"
+
+
+def graph(sources):
+    """Module -> modules it imports, inside the package. A package's name is its `__init__`."""
+
+    def resolve(target):
+        inner = target.removeprefix("jaxdiff").removeprefix(".")
+        candidates = (inner, f"{inner}.__init__".removeprefix("."))
+        return next((c for c in candidates if c in sources), None)
+
+    return {
+        name: {
+            resolve(target)
+            for target, _ in imports(name, source, sources)
+            if target.split(".")[0] == "jaxdiff" and resolve(target)
+        }
+        for name, source in sources.items()
+    }
+
+
+SOURCES = modules(ROOT)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_module_imports_only_what_lies_below_it(name):
+    assert list(violations(name, SOURCES[name], SOURCES)) == []
+
+
+def test_no_import_cycles():
+    graphlib.TopologicalSorter(graph(SOURCES)).prepare()  # raises CycleError, naming the cycle
+
+
+# --- The rules themselves can fail. --------------------------------------------------------------
+
+KNOWN = {
+    n: "" for n in ["__init__", "_types", "_check", "grids", "process", "score", "cli", "sampling"]
+}
+KNOWN |= {n: "" for n in ["solvers.__init__", "solvers.terms", "fisher.__init__", "train.nets"]}
+
+
+@pytest.mark.parametrize(
+    "name,source,word",
+    [
+        ("grids", "from jaxdiff import process", "not below"),
+        ("grids", "from jaxdiff.process import VP", "not below"),
+        ("grids", "from . import process", "not below"),
+        ("grids", "from .process import VP", "not below"),
+        ("grids", "import jaxdiff.process as p", "not below"),
+        ("grids", "def f():\n    from jaxdiff import process", "not below"),
+        ("process", "import jaxdiff", "not below"),
+        ("_types", "from jaxdiff import _check", "not below"),
+        ("solvers.terms", "from jaxdiff import fisher", "not below"),
+        ("solvers.terms", "from ..fisher import fisher", "not below"),
+        ("solvers.terms", "from jaxdiff.sampling import draw", "not below"),
+        ("train.nets", "from jaxdiff import sampling", "not below"),
+        ("metrics", "from jaxdiff import process", "not below"),
+        ("score", "from jaxdiff import cli", "program"),
+        ("__init__", "from jaxdiff import cli", "program"),
+        ("wavelets", "import jax", "add the unit 'wavelets'"),
+        ("score", "from jaxdiff.wavelets import haar", "add 'wavelets'"),
+        ("score", "import torch", "add 'torch'"),
+        ("score", "import diffrax as dfx", "only others may"),
+        ("score", "def f():\n    import diffrax", "only others may"),
+        ("solvers.terms", "import lineax as lx", "only others may"),
+        ("score", "from flax import nnx", "at its top"),
+        ("flow", "import optax", "at its top"),
+        ("flow", "import ott", "at its top"),
+        ("score", "def f():\n    import tqdm", "only others may"),
+        ("solvers.terms", "import equinox.internal as eqxi", "private"),
+        ("solvers.terms", "from equinox import internal", "private"),
+        ("solvers.terms", "from equinox.internal import while_loop", "private"),
+        ("solvers.terms", "import equinox as eqx\neqx.internal.noinline", "private"),
+    ],
+)
+def test_a_broken_rule_is_seen(name, source, word):
+    found = list(violations(name, source, KNOWN))
+    assert found and word in found[0]
+
+
+@pytest.mark.parametrize(
+    "name,source",
+    [
+        ("process", "from jaxdiff import _check, grids\nfrom jaxdiff.grids import make"),
+        ("solvers.terms", "import diffrax\nfrom jaxdiff import score\nfrom . import terms"),
+        ("score", "def f():\n    from flax import nnx"),
+        ("flow", "def f():\n    import optax\n    import ott"),
+        ("train.nets", "import flax.linen as nn\nimport optax\nimport math"),
+        ("cli", "import matplotlib.pyplot\nfrom jaxdiff import sampling"),
+        ("demo.toys", "import sklearn\nimport jaxdiff\nfrom jaxdiff import cli"),
+        ("flow", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import optax"),
+    ],
+)
+def test_a_kept_rule_is_not_seen(name, source):
+    assert list(violations(name, source, KNOWN)) == []
+
+
+def test_a_cycle_is_seen():
+    sources = {
+        "solvers.__init__": "from jaxdiff.solvers.a import f",
+        "solvers.a": "from jaxdiff.solvers import b",
+        "solvers.b": "def g():\n    from .a import f",
+    }
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph(sources)).prepare()
+    sources["solvers.b"] = "import jax"
+    graphlib.TopologicalSorter(graph({**sources, "solvers.a": "from .b import g"})).prepare()
+    with pytest.raises(graphlib.CycleError):  # a module that imports its own package
+        graphlib.TopologicalSorter(
+            graph({**sources, "solvers.a": "import jaxdiff.solvers"})
+        ).prepare()
+
+
+# --- What one import costs. ----------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_no_optional_one():
+    script = (
+        "import sys, jaxdiff\n"
+        "print(jaxdiff.__version__)\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    version, loaded = done.stdout.splitlines()
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", version)
+    assert "jax" in loaded.split()
+    assert not set(LAZY) & set(loaded.split())
