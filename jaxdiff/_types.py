@@ -19,6 +19,7 @@ else:
 Cond: TypeAlias = PyTree[Any]
 Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
 
+_NUMPY = (np.ndarray, np.generic)
 _T = TypeVar("_T")
 
 
@@ -76,7 +77,7 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
         in the ambient precision.
     """
     if not is_concrete(fn, args):
-        return fn(*args)
+        return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
     fn, args = jax.tree.map(_widen, (fn, args))
     with _x64(), jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
         out = _call(fn, args)

@@ -113,14 +113,15 @@ def draw(
 ) -> tuple[Array, int, float | None]:
     """Draw `num` samples in chunks; return them, the evaluations each, and ms per sample."""
     pieces, nfe, seconds, timed = [], 0, 0.0, 0
-    for start in range(0, num, CHUNK):
-        rows = np.minimum(np.arange(start, start + CHUNK), num - 1)
+    chunk = min(CHUNK, num)
+    for start in range(0, num, chunk):
+        rows = np.minimum(np.arange(start, start + chunk), num - 1)
         begin = time.perf_counter()
         samples = jd.sample(
             jax.random.key(seed),
             denoiser,
             SHAPE,
-            num=CHUNK,
+            num=chunk,
             start=start,
             solver=solver,
             ts=denoiser.process.grid(steps, "logsnr"),
@@ -130,7 +131,7 @@ def draw(
         pieces.append(jax.block_until_ready(jd.check(samples).x))
         nfe = int(samples.nfe[0])
         if start:
-            seconds, timed = seconds + time.perf_counter() - begin, timed + CHUNK
+            seconds, timed = seconds + time.perf_counter() - begin, timed + chunk
     return jnp.concatenate(pieces)[:num], nfe, 1e3 * seconds / timed if timed else None
 
 

@@ -6,6 +6,7 @@ network, no training, exact scores and densities at every noise level.
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -113,8 +114,8 @@ class Empirical(AbstractExact):
         x = _sample("Empirical", x, self.shape)
         t = jnp.asarray(t, x.dtype)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        atoms, log_p = self.atoms.astype(x.dtype), self.log_weights.astype(x.dtype)
-        return x, sigma, streaming.posterior(alpha, sigma, x.reshape(-1), atoms, log_p)
+        flat = x.reshape(-1)
+        return x, sigma, streaming.posterior(alpha, sigma, flat, self.atoms, self.log_weights)
 
     def pair(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
@@ -147,7 +148,9 @@ def _log_weights(where: str, weights: Any, n: int) -> Array:
     return jnp.log(weights) - jnp.log(jnp.sum(weights))
 
 
-def _spectrum(where: str, covs: Any, k: int, dims: tuple[int, ...]) -> tuple[Array, Array | None]:
+def _spectrum(
+    where: str, argument: str, covs: Any, k: int, dims: tuple[int, ...]
+) -> tuple[Array, Array | None]:
     """Return the eigenvalues and eigenvectors of covariances in any of the accepted shapes."""
     covs = jnp.asarray(covs, jnp.result_type(float))
     d = math.prod(dims)
@@ -158,24 +161,24 @@ def _spectrum(where: str, covs: Any, k: int, dims: tuple[int, ...]) -> tuple[Arr
         values = covs.reshape(covs.shape[0], d)
     elif covs.shape[0] in (k, 1) and covs.shape[1:] == (d, d):
         if is_concrete(covs) and not np.allclose(covs, jnp.swapaxes(covs, 1, 2), rtol=1e-5):
-            raise _check.bad(where, "covs", "symmetric", "a matrix that is not")
+            raise _check.bad(where, argument, "symmetric", "a matrix that is not")
         values, basis = jnp.linalg.eigh(covs)
     else:
         expected = (
             f"of shape (), ({k},) isotropic, ({k}, {', '.join(map(str, dims))}) diagonal or "
             f"({k}, {d}, {d}) full, with 1 in place of {k} to share it"
         )
-        raise _check.bad(where, "covs", expected, covs.shape)
+        raise _check.bad(where, argument, expected, covs.shape)
     if is_concrete(values) and not (np.all(np.isfinite(values)) and np.all(values >= 0)):
-        raise _check.bad(where, "covs", "finite and positive semidefinite", f"{values.min()}")
+        raise _check.bad(where, argument, "finite and positive semidefinite", f"{values.min()}")
     return values, basis
 
 
 def mixture(
     process: AbstractProcess,
-    weights: Float[ArrayLike, " k"],
-    means: Float[ArrayLike, "k *dims"],
-    covs: Float[ArrayLike, "..."],
+    weights: Float[ArrayLike, " k"] | Sequence[Any],
+    means: Float[ArrayLike, "k *dims"] | Sequence[Any],
+    covs: Float[ArrayLike, "..."] | Sequence[Any],
 ) -> Mixture:
     r"""Build the exact denoiser of $q_0 = \sum_k \pi_k N(\mu_k, C_k)$.
 
@@ -200,12 +203,14 @@ def mixture(
     if means.ndim < 1:
         raise _check.bad("mixture", "means", "of shape (K, *dims)", means.shape)
     k = means.shape[0]
-    values, basis = _spectrum("mixture", covs, k, means.shape[1:])
+    values, basis = _spectrum("mixture", "covs", covs, k, means.shape[1:])
     return Mixture(process, _log_weights("mixture", weights, k), means, values, basis)
 
 
 def gaussian(
-    process: AbstractProcess, mean: Float[ArrayLike, "*dims"], cov: Float[ArrayLike, "..."]
+    process: AbstractProcess,
+    mean: Float[ArrayLike, "*dims"] | Sequence[Any],
+    cov: Float[ArrayLike, "..."] | Sequence[Any],
 ) -> Mixture:
     r"""Build the exact denoiser of $q_0 = N(\mu, C)$: a mixture of one.
 
@@ -220,15 +225,15 @@ def gaussian(
     mean = jnp.asarray(mean, jnp.result_type(float))
     cov = jnp.asarray(cov, jnp.result_type(float))
     if cov.ndim == 0 or cov.shape == mean.shape or cov.ndim == 2:
-        values, basis = _spectrum("gaussian", cov[None], 1, mean.shape)
+        values, basis = _spectrum("gaussian", "cov", cov[None], 1, mean.shape)
         return Mixture(process, jnp.zeros(1, mean.dtype), mean[None], values, basis)
     raise _check.bad("gaussian", "cov", f"of shape (), {mean.shape} or (d, d)", cov.shape)
 
 
 def empirical(
     process: AbstractProcess,
-    data: Float[ArrayLike, "n *dims"],
-    weights: Float[ArrayLike, " n"] | None = None,
+    data: Float[ArrayLike, "n *dims"] | Sequence[Any],
+    weights: Float[ArrayLike, " n"] | Sequence[Any] | None = None,
     *,
     chunk: int = 1024,
 ) -> Empirical:

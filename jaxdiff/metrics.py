@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
 from jaxdiff._types import Scalar
@@ -19,7 +19,7 @@ def _reduce_distances(x: Array, y: Array, reduce: Callable[[Array], Array]) -> A
     return jax.lax.map(one, x, batch_size=min(32, x.shape[0]))
 
 
-def energy_distance(x: Float[Array, "n *dims"], y: Float[Array, "m *dims"]) -> Scalar:
+def energy_distance(x: Float[ArrayLike, "n *dims"], y: Float[ArrayLike, "m *dims"]) -> Scalar:
     r"""Estimate the energy distance of two sets of samples, without bias.
 
     $$ D = 2E|X - Y| - E|X - X'| - E|Y - Y'| \ge 0 $$
@@ -50,7 +50,9 @@ def energy_distance(x: Float[Array, "n *dims"], y: Float[Array, "m *dims"]) -> S
     return 2 * cross - within_x - within_y
 
 
-def nearest_distance(x: Float[Array, "n *dims"], y: Float[Array, "m *dims"]) -> Float[Array, " n"]:
+def nearest_distance(
+    x: Float[ArrayLike, "n *dims"], y: Float[ArrayLike, "m *dims"]
+) -> Float[Array, " n"]:
     r"""Return the distance of each sample to its nearest neighbour in `y`.
 
     A model that memorises has samples much nearer to its training data than held-out data are.

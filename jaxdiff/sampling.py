@@ -312,9 +312,10 @@ def sample(
 ) -> Samples:
     r"""Draw the samples `start, ..., start + num - 1` of the sequence that `key` names.
 
-    Sample $i$ is `draw(fold_in(key, i), ...)`: it does not depend on `num`, `start` or `chunk`.
-    All samples of a chunk run in one vectorised program; its width is `chunk` even where fewer
-    samples are left, so one program serves every chunk and every `num`.
+    Sample $i$ is `draw(fold_in(key, i), ...)`: its noise does not depend on `num`, `start` or
+    `chunk`. All samples of a chunk run in one vectorised program, whose width is `chunk` even
+    where fewer samples are left. So with one `chunk` sample $i$ is bitwise the same for every
+    `num` and `start`; between widths, a backend may pick another kernel and round differently.
 
     Args:
         key: a threefry key; None if nothing random is left to draw.

@@ -80,11 +80,14 @@ def posterior(
     """
 
     def piece(chunk: Array, log_p: Array) -> Moments:
+        chunk, log_p = chunk.astype(x.dtype), log_p.astype(x.dtype)  # here: never all the data
         noise = (x[None] - alpha * chunk) / sigma
         return summarise(log_p - 0.5 * jnp.sum(noise**2, axis=-1), (chunk, noise))
 
-    total = piece(atoms[0], log_weights[0])
     if len(atoms) == 1:
-        return total
-    rest = (atoms[1:], log_weights[1:])
-    return jax.lax.scan(lambda total, rest: (merge(total, piece(*rest)), None), total, rest)[0]
+        return piece(atoms[0], log_weights[0])
+    zero = jnp.zeros_like(x)
+    nothing = Moments(jnp.full((), -jnp.inf, x.dtype), jnp.zeros((), x.dtype), (zero, zero))
+    return jax.lax.scan(
+        lambda total, rest: (merge(total, piece(*rest)), None), nothing, (atoms, log_weights)
+    )[0]

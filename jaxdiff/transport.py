@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
 from jaxdiff._types import Scalar
 
 
 def quantile_distance(
-    x: Float[Array, " n"], y: Float[Array, " m"], p: float = 2.0
+    x: Float[ArrayLike, " n"], y: Float[ArrayLike, " m"], p: float = 2.0
 ) -> Float[Array, ""]:
     r"""Return $W_p^p$ of two samples on the line, $\int_0^1 |F_x^{-1} - F_y^{-1}|^p\,dq$, exactly.
 
@@ -18,8 +18,8 @@ def quantile_distance(
         y: second sample, (m,), of any size.
         p: order, at least 1.
     """
+    x, y = jnp.sort(jnp.asarray(x)), jnp.sort(jnp.asarray(y))
     n, m = x.shape[0], y.shape[0]
-    x, y = jnp.sort(x), jnp.sort(y)
     # Both quantile functions are constant between the merged levels i/n and j/m.
     levels = jnp.sort(jnp.concatenate([jnp.arange(n + 1) / n, jnp.arange(1, m) / m]))
     middle = (levels[1:] + levels[:-1]) / 2
@@ -30,8 +30,8 @@ def quantile_distance(
 
 def sliced_wasserstein(
     key: PRNGKeyArray,
-    x: Float[Array, "n *dims"],
-    y: Float[Array, "m *dims"],
+    x: Float[ArrayLike, "n *dims"],
+    y: Float[ArrayLike, "m *dims"],
     *,
     projections: int = 512,
     p: float = 2.0,

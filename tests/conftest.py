@@ -1,7 +1,27 @@
 """Settings of the whole suite: float64 unless a test says otherwise, and no silent broadcasting."""
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def as_users_see_it():
+    """Turn the suite's type checks off, so that the library's own checks answer."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def defaults():
+    """Run as a user does: float32, and broadcasting as JAX allows it."""
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_rank_promotion", "raise")

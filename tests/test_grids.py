@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import PROCESSES
-from jaxtyping import config
 
 from jaxdiff import grids
 from jaxdiff.process import EDM, VE, VP, AbstractProcess, Cosine, Rectified
@@ -301,14 +300,6 @@ def test_make_names_what_is_wrong(kwargs, parts):
         VP().grid(**kwargs)
     for part in parts:
         assert part in str(error.value)
-
-
-@pytest.fixture
-def as_users_see_it():
-    """Turn the suite's type checks off, so that the library's own checks answer."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("n", [2.5, 3.0, True, "4", None, np.float64(2)])

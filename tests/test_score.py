@@ -8,7 +8,6 @@ import pytest
 import scipy.integrate
 import scipy.stats
 from helpers import PROCESSES, each_process
-from jaxtyping import config
 from oracles import GaussianMixture
 
 from jaxdiff import score
@@ -250,14 +249,6 @@ def test_the_net_sees_a_time_of_the_dtype_of_x():
 
 
 # --- Errors. -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_users_see_it():
-    """Turn the suite's type checks off, so that the library's own checks answer."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def test_integer_samples_become_floating(as_users_see_it):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.stats
 from helpers import PROCESSES, each_process, inner_times
-from jaxtyping import config
 
 from jaxdiff.process import EDM, VE, VP, Rectified
 from jaxdiff.score import PREDICTIONS, Denoiser
@@ -21,14 +20,6 @@ def net(t, x, cond=None):
 
 def losses_of(path, kind, weight, t):
     return loss.denoising_loss(KEY, Denoiser(path, net, kind), X0, t=t, weight=weight)
-
-
-@pytest.fixture
-def unchecked():
-    """Switch the annotations off, as they are for users, so that the library's own checks speak."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 @each_process
@@ -142,7 +133,7 @@ def test_example_weights_and_conditions():
     np.testing.assert_allclose(mean, np.mean(w * losses))
 
 
-def test_errors_name_the_argument(unchecked):
+def test_errors_name_the_argument(as_users_see_it):
     denoiser = Denoiser(VP(), net)
     with pytest.raises(ValueError, match=r"example_weight must be of shape \(4,\), got \(3,\)"):
         loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2)), example_weight=jnp.ones(3))
@@ -173,11 +164,10 @@ def test_times_stay_in_the_process(path):
         assert np.std(np.diff(jax.vmap(path.lam)(t))) < 1e-6
 
 
-def test_float32_and_low_precision():
-    with jax.enable_x64(False):
-        x0 = jax.random.normal(KEY, (64, 5), jnp.bfloat16)
-        for kind in PREDICTIONS:
-            denoiser = Denoiser(VE(), lambda t, x, cond: x, kind)
-            sample_t = loss.lognormal_time()
-            mean, _ = loss.batch_loss(KEY, denoiser, x0, sample_t=sample_t, weight=loss.min_snr())
-            assert mean.dtype == jnp.float32 and np.isfinite(mean)
+def test_float32_and_low_precision(defaults):
+    x0 = jax.random.normal(KEY, (64, 5), jnp.bfloat16)
+    for kind in PREDICTIONS:
+        denoiser = Denoiser(VE(), lambda t, x, cond: x, kind)
+        sample_t = loss.lognormal_time()
+        mean, _ = loss.batch_loss(KEY, denoiser, x0, sample_t=sample_t, weight=loss.min_snr())
+        assert mean.dtype == jnp.float32 and np.isfinite(mean)

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import config
 
 from jaxdiff import process, score
 from jaxdiff.train import nets
@@ -95,14 +94,6 @@ def test_time_scale_and_features():
     )
 
 
-@pytest.fixture
-def unchecked():
-    """Switch the annotations off, as they are for users, so that the library's own checks speak."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize(
     "net,x,cond,message",
     [
@@ -114,6 +105,6 @@ def unchecked():
         (nets.MLP((8,)), (5, 2), None, r"net: t must be of shape \(n,\) = \(5,\), got \(4,\)"),
     ],
 )
-def test_errors(unchecked, net, x, cond, message):
+def test_errors(as_users_see_it, net, x, cond, message):
     with pytest.raises(ValueError, match=message):
         net.init(KEY, TIMES, jnp.zeros(x), cond)

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxtyping import config
 
 from jaxdiff.train import state as train
 
@@ -67,15 +66,7 @@ def test_steps_trace_once_use_fresh_keys_and_keep_the_old_state():
     assert metrics["loss"] == losses[0] and again.step == 1
 
 
-@pytest.fixture
-def unchecked():
-    """Switch the annotations off, as they are for users, so that the library's own checks speak."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
-
-
-def test_errors_name_the_argument(unchecked):
+def test_errors_name_the_argument(as_users_see_it):
     with pytest.raises(ValueError, match=r"make_step: ema_decay must be in \[0, 1\), got 1.5"):
         train.make_step(quadratic, optax.sgd(0.1), ema_decay=1.5)
     with pytest.raises(ValueError, match=r"init: params\['w'\] must be an array, got str"):

@@ -30,6 +30,16 @@ def log_snr_step(process: AbstractProcess, t0: ScalarLike, t1: ScalarLike) -> Sc
     return jnp.where(endless, jnp.inf, lam1 - lam0)
 
 
+def _log_kept(eta: Array, h: Array) -> Array:
+    r"""Return $\log(1 - \eta^2(1 - e^{-2h}))$, also where almost nothing is kept."""
+    lost = -(eta**2) * jnp.expm1(-2 * h)
+    most = lost > 0.5
+    kept = (1 - eta) * (1 + eta) + eta**2 * jnp.exp(-2 * h)
+    return jnp.where(
+        most, jnp.log(jnp.where(most, kept, 1.0)), jnp.log1p(-jnp.where(most, 0.0, lost))
+    )
+
+
 def transfer(
     process: AbstractProcess, t0: ScalarLike, t1: ScalarLike, eta: ScalarLike = 0.0
 ) -> tuple[Scalar, Scalar, Scalar]:
@@ -42,15 +52,16 @@ def transfer(
     the posterior $q(x_1 | x_0, m)$ of DDPM.
     """
     h = log_snr_step(process, t0, t1)
-    finite = jnp.where(jnp.isinf(h), 1.0, h)
-    log_q = 0.5 * jnp.log1p(eta**2 * jnp.expm1(-2 * finite))  # log sqrt(1 - eta^2 (1 - e^-2h))
+    endless, eta = jnp.isinf(h), jnp.asarray(eta)
+    finite = jnp.where(endless, 1.0, h)
+    log_q = 0.5 * _log_kept(eta, finite)
     alpha1, sigma1 = process.alpha(t1), process.sigma(t1)
-    ratio = sigma1 / process.sigma(t0)
-    eta = jnp.asarray(eta)
-    limit = jnp.sqrt(1 - eta**2)
-    decay = ratio * jnp.where(jnp.isinf(h), limit, jnp.exp(log_q))
-    gain = alpha1 * jnp.where(jnp.isinf(h), 1.0, -jnp.expm1(log_q - finite))
-    noise = eta * sigma1 * jnp.where(jnp.isinf(h), 1.0, jnp.sqrt(-jnp.expm1(-2 * finite)))
+    limit = jnp.sqrt(1 - jnp.where(endless, eta, 0.0) ** 2)
+    decay = sigma1 / process.sigma(t0) * jnp.where(endless, limit, jnp.exp(log_q))
+    gain = jnp.where(
+        endless, alpha1 - process.alpha(t0) * decay, -alpha1 * jnp.expm1(log_q - finite)
+    )
+    noise = eta * sigma1 * jnp.where(endless, 1.0, jnp.sqrt(-jnp.expm1(-2 * finite)))
     return decay, gain, noise
 
 

@@ -72,10 +72,10 @@ def plan_solve(
     process = denoiser.process
     ts = grids.check(process, ts, where=where, dtype=dtype)
     denoise, last = options.denoise, (1.0, ts[-1])
-    alphas, sigmas = host64(_scales, process, ts)
-    if is_concrete(sigmas) and sigmas[-1] == 0:
+    alpha, sigma = host64(_scales, process, ts[-1])
+    if is_concrete(sigma) and sigma == 0:
         # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
-        denoise, last, ts = True, (alphas[-1], ts[-1]), ts[:-1]
+        denoise, last, ts = True, (alpha, ts[-1]), ts[:-1]
     if isinstance(solver, AbstractGridSolver):
         solver, engine, stochastic, clock = _our_engine(where, process, solver, ts, options)
     else:
@@ -103,8 +103,8 @@ def plan_solve(
     )
 
 
-def _scales(process: Any, ts: Array) -> tuple[Array, Array]:
-    return jax.vmap(process.alpha)(ts), jax.vmap(process.sigma)(ts)
+def _scales(process: Any, t: Array) -> tuple[Array, Array]:
+    return process.alpha(t), process.sigma(t)
 
 
 def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
