@@ -22,7 +22,7 @@ import numpy as np
 
 import jaxdiff as jd
 
-STEPS, REPEATS = 50, 15
+STEPS, REPEATS = 50, 31
 VP = jd.process.VP()
 TS = VP.grid(STEPS, "logsnr")
 
@@ -67,16 +67,20 @@ def by_hand(net, num, d):
     return run
 
 
-def timed(run, key):
+def clock(run, key):
     begin = time.perf_counter()
     jax.block_until_ready(run(key))
-    first = time.perf_counter() - begin
-    times = []
+    return time.perf_counter() - begin
+
+
+def compare(loops):
+    """Return (first call, median run) of each loop, run in turns so that noise hits them alike."""
+    first = {name: clock(run, jax.random.key(0)) for name, run in loops.items()}
+    times = {name: [] for name in loops}
     for i in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(jax.random.fold_in(key, i)))
-        times.append(time.perf_counter() - begin)
-    return first, statistics.median(times)
+        for name, run in loops.items():
+            times[name].append(clock(run, jax.random.key(i)))
+    return {name: (first[name], statistics.median(times[name])) for name in loops}
 
 
 def main():
@@ -91,33 +95,27 @@ def main():
         ("trivial, 128 x 64", shrink, 128, 64),
         ("MLP 3 x 512, 128 x 64", mlp(512, 3, 64), 128, 64),
     ]
-    print(f"{'model':<24}{'loop':<18}{'first call s':>14}{'run us/step':>14}{'ratio':>8}")
+    print(f"{'model':<24}{'loop':<22}{'first call s':>14}{'run us/step':>14}{'ratio':>8}")
     for name, net, num, d in cases:
         model = jd.Denoiser(VP, net)
 
         def ours(solver, model=model, num=num, d=d):
             return lambda key: jd.sample(key, model, (d,), num=num, solver=solver, ts=TS).x
 
-        def inside_jit(model=model, num=num, d=d):
-            ddim = jd.solvers.DDIM()
-            return jax.jit(lambda key: jd.sample(key, model, (d,), num=num, solver=ddim, ts=TS).x)
-
         loops = {
             "by hand": by_hand(net, num, d),
-            "jaxdiff": inside_jit(),
+            "jaxdiff": jax.jit(ours(jd.solvers.DDIM())),
             "jaxdiff, eager call": ours(jd.solvers.DDIM()),
-            "diffrax.Euler": ours(diffrax.Euler()),
+            "diffrax.Euler": jax.jit(ours(diffrax.Euler())),
         }
-        base = None
-        for loop, run in loops.items():
-            first, median = timed(run, jax.random.key(0))
-            base = median if base is None else base
-            print(
-                f"{name:<24}{loop:<18}{first:>14.2f}{1e6 * median / STEPS:>14.2f}"
-                f"{median / base:>8.2f}"
+        results = compare(loops)
+        base = results["by hand"][1]
+        for loop, (first, median) in results.items():
+            us, ratio = 1e6 * median / STEPS, median / base
+            print(f"{name:<24}{loop:<22}{first:>14.2f}{us:>14.2f}{ratio:>8.2f}")
+            report["cases"].append(
+                dict(model=name, loop=loop, first_call_s=first, us_per_step=us, ratio=ratio)
             )
-            case = dict(model=name, loop=loop, first_call_s=first, us_per_step=1e6 * median / STEPS)
-            report["cases"].append(case | {"ratio": median / base})
     out = Path(__file__).parent / "results" / "overhead.jsonl"
     out.parent.mkdir(exist_ok=True)
     with out.open("a") as file:

@@ -79,7 +79,7 @@ def test_a_sample_does_not_depend_on_its_call(denoiser):
 
 
 def test_a_sample_is_bitwise_the_same_in_wide_chunks():
-    """Widths of whole vector registers run the same arithmetic: `num`, `chunk`, `start` are free."""
+    """Widths of whole vector registers run the same arithmetic, whatever `num` and `start`."""
     call = functools.partial(many, MIX, dtype=np.float32)
     whole = call(num=80, chunk=16).x
     for kwargs in (dict(num=80, chunk=32), dict(num=64, chunk=64), dict(num=48), dict(num=16)):

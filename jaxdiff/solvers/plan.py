@@ -86,12 +86,10 @@ def plan_solve(
         got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
         raise _check.bad(where, "ts[0]", expected, got)
     arrays = (ts, nodes, (scales[0], scales[1]), last)
-    solver = jax.tree.map(
-        lambda a: jnp.asarray(a, dtype) if isinstance(a, np.ndarray) else a, solver
-    )
+    solver = jax.tree.map(lambda a: a.astype(dtype) if isinstance(a, np.ndarray) else a, solver)
     return Plan(
         solver,
-        *jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays),
+        *jax.tree.map(lambda a: _cast(a, dtype), arrays),
         controller=options.controller,
         adjoint=options.adjoint,
         clock=clock,
@@ -101,6 +99,11 @@ def plan_solve(
         trajectory=options.trajectory,
         max_steps=options.max_steps,
     )
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    # NumPy stays NumPy: jit takes it as it is, without a kernel launch of its own.
+    return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
 
 
 def _scales(process: Any, t: Array) -> tuple[Array, Array]:
