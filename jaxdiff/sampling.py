@@ -67,8 +67,8 @@ def _terms(denoiser: AbstractDenoiser, plan: Plan, path: Any, cond: Cond) -> Any
 
 
 def _scan(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
-    solver, ts = plan.solver, plan.ts
-    state = solver.init(terms, ts[0], ts[1], y0, None)
+    solver, nodes = plan.solver, plan.nodes
+    state = solver.init(terms, nodes[0], nodes[1], y0, None)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
     def body(carry: tuple[Array, Any], times: tuple[Array, Array]) -> tuple[Any, Array | None]:
@@ -76,13 +76,13 @@ def _scan(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
         y, _, _, state, _ = solver.step(terms, *times, y, None, state, False)
         return (y, state), y if plan.trajectory else None
 
-    (y, _), ys = jax.lax.scan(body, (y0, state), (ts[:-1], ts[1:]))
+    (y, _), ys = jax.lax.scan(body, (y0, state), (nodes[:-1], nodes[1:]))
     path = jnp.concatenate([y0[None], ys]) if plan.trajectory else y0[None]
-    return y, path, dfx.RESULTS.successful, jnp.asarray(len(ts) - 1)
+    return y, path, dfx.RESULTS.successful, jnp.asarray(len(nodes) - 1)
 
 
 def _diffeqsolve(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
-    nodes = plan.ts if plan.clock == "t" else plan.nodes
+    nodes = jnp.asarray(plan.nodes)
     n = nodes.shape[0] - 1
     if plan.controller is None:
         controller, max_steps = dfx.StepTo(nodes), n
@@ -119,14 +119,14 @@ def _draw(
     init: Array | None,
     noise: dfx.AbstractBrownianPath | None,
 ) -> Samples:
-    process, ts = denoiser.process, plan.ts
+    process, ts, nodes = denoiser.process, jnp.asarray(plan.ts), jnp.asarray(plan.nodes)
     if init is None:
         x = process.prior(stream(key, INIT), shape.shape, t=ts[0], dtype=shape.dtype)
     else:
         x = jnp.asarray(init, shape.dtype)
     path = noise
     if plan.stochastic and noise is None:
-        path = GridBrownian(key=stream(key, SOLVER), nodes=plan.nodes, shape=shape)
+        path = GridBrownian(key=stream(key, SOLVER), nodes=nodes, shape=shape)
     trajectory = x[None]
     result, steps = dfx.RESULTS.successful, jnp.asarray(0)
     if ts.shape[0] > 1:
@@ -230,7 +230,7 @@ def draw(
     """
     shape, dtype = _check.dims("draw", "shape", shape), _dtype("draw", dtype)
     options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
-    plan = plan_solve("draw", denoiser, solver, ts, dtype, options)
+    plan = plan_solve("draw", denoiser, solver, ts, dtype, options, own_noise=noise is not None)
     init = _init("draw", init, shape)
     key = _key("draw", key, needed=init is None or (plan.stochastic and noise is None))
     return _draw_jit(key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, noise)

@@ -498,3 +498,16 @@ def test_four_devices_give_the_samples_of_one():
         timeout=300,
     )
     assert run.returncode == 0 and run.stdout.endswith("same\n"), run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("solver", [EulerMaruyama("u"), DDIM(eta=1.0)], ids=["EM", "DDIM"])
+def test_a_brownian_path_of_ones_own_drives_either_library(solver):
+    """A tree in clock u: Euler-Maruyama of diffrax on the same path, step for step."""
+    clock = jd.solvers.Clock(VP, "u")
+    tree = dfx.VirtualBrownianTree(
+        clock.of_t(TS[0]), clock.of_t(TS[-1]), 1e-3, (2,), jax.random.key(5)
+    )
+    kwargs = dict(ts=TS, noise=tree, init=jnp.array([0.3, -0.7]), trajectory=True)
+    ours = jd.draw(None, MIX, (2,), solver=solver, **kwargs).aux["trajectory"]
+    theirs = jd.draw(None, MIX, (2,), solver=dfx.Euler(), equation="sde", **kwargs)
+    np.testing.assert_allclose(ours, theirs.aux["trajectory"], rtol=1e-9, atol=1e-9)

@@ -16,6 +16,7 @@ from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.terms import Clock, ClockName
 
 Engine: TypeAlias = Literal["scan", "diffrax"]
+Values: TypeAlias = Array | np.ndarray
 
 
 class Options(NamedTuple):
@@ -35,10 +36,10 @@ class Plan(eqx.Module):
     """Everything about a solve that does not depend on the sample, decided before tracing."""
 
     solver: dfx.AbstractSolver
-    ts: Array  # the nodes that are stepped through
-    nodes: Array  # the same, as the clock reads them
-    scales: tuple[Array, Array]  # state / x at both ends
-    last: tuple[Array, Array]  # factor and time of a final denoising step
+    ts: Values  # the nodes that are stepped through
+    nodes: Values  # the same, as the clock reads them
+    scales: tuple[Values, Values]  # state / x at both ends
+    last: tuple[Values, Values]  # factor and time of a final denoising step
     controller: dfx.AbstractStepSizeController | None
     adjoint: dfx.AbstractAdjoint | None
     clock: ClockName = eqx.field(static=True)
@@ -50,7 +51,14 @@ class Plan(eqx.Module):
 
 
 def plan_solve(
-    where: str, denoiser: Any, solver: Any, ts: Any, dtype: Any, options: Options
+    where: str,
+    denoiser: Any,
+    solver: Any,
+    ts: Any,
+    dtype: Any,
+    options: Options,
+    *,
+    own_noise: bool = False,
 ) -> Plan:
     """Check the arguments of a solve and compute all that its samples share.
 
@@ -61,6 +69,8 @@ def plan_solve(
         ts: the grid, (nodes,).
         dtype: dtype of the state.
         options: the remaining arguments.
+        own_noise: whether a Brownian path is given: it reads clock `"u"`, while noise keyed by the
+            step reads none.
 
     Raises:
         ValueError: naming the first argument that is wrong.
@@ -77,7 +87,8 @@ def plan_solve(
         # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
         denoise, last, ts = True, (alpha, ts[-1]), ts[:-1]
     if isinstance(solver, AbstractGridSolver):
-        solver, engine, stochastic, clock = _our_engine(where, process, solver, ts, options)
+        solver, engine, stochastic = _our_engine(where, process, solver, ts, options)
+        clock: ClockName = "u" if stochastic and own_noise else "t"
     else:
         engine, stochastic, clock = _their_engine(where, solver, options)
     nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
@@ -116,7 +127,7 @@ def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
 
 def _our_engine(
     where: str, process: Any, solver: AbstractGridSolver, ts: Any, options: Options
-) -> tuple[Any, Engine, bool, ClockName]:
+) -> tuple[Any, Engine, bool]:
     for name in ("equation", "clock", "controller"):
         if getattr(options, name) is not None:
             expected = f"left out, since {type(solver).__name__} decides it"
@@ -126,7 +137,7 @@ def _our_engine(
         solver = solver.tabulate(process, ts)
         if is_concrete(solver.rows):
             _finite_rows(where, solver, ts)
-    return solver, options.engine or "scan", solver.stochastic, "t"
+    return solver, options.engine or "scan", solver.stochastic
 
 
 def _their_engine(
