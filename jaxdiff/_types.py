@@ -76,12 +76,18 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
         The result with NumPy float64 leaves if every argument is concrete, else with traced leaves
         in the ambient precision.
     """
-    if not is_concrete(fn, args):
-        return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
-    fn, args = jax.tree.map(_widen, (fn, args))
-    with _x64(), jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
-        out = _call(fn, args)
-        return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
+    if is_concrete(fn, args):
+        wide = jax.tree.map(_widen, (fn, args))
+        with _x64(), jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
+            out = _call(*wide)
+            if is_concrete(out):  # inside an eager shard_map everything is traced
+                return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
+    return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
+
+
+def time_dtype(dtype: Any) -> Any:
+    """Return the dtype of times and coefficients for a state of `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _host_device() -> Any:

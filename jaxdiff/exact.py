@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, streaming
-from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete
+from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete, time_dtype
 from jaxdiff.process import AbstractProcess
-from jaxdiff.score import AbstractDenoiser
+from jaxdiff.score import AbstractDenoiser, floating
 
 
 class AbstractExact(AbstractDenoiser):
@@ -55,8 +55,7 @@ class Mixture(AbstractExact):
     basis: Float[Array, "rows d d"] | None
 
     def _parts(self, t: ScalarLike, x: Any) -> tuple[Array, ...]:
-        x = _sample(type(self).__name__, x, self.means.shape[1:])
-        t = jnp.asarray(t, x.dtype)
+        x, t = _sample("mixture", t, x, self.means.shape[1:])
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         mu = self.means.reshape(len(self.means), -1).astype(x.dtype)
         z = x.reshape(1, -1) - alpha * mu
@@ -78,11 +77,21 @@ class Mixture(AbstractExact):
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$, each by its own sum: neither is got by subtraction."""
+        dtype = floating(x).dtype
         x, alpha, sigma, mu, precise, c, logits = self._parts(t, x)
         w = jax.nn.softmax(logits)
         eps = sigma * self._rotate_back(w, precise)
         m = jnp.matmul(w, mu, precision="highest") + alpha * self._rotate_back(w, c * precise)
-        return m.reshape(x.shape), eps.reshape(x.shape)
+        return m.reshape(x.shape).astype(dtype), eps.reshape(x.shape).astype(dtype)
+
+    def score(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> Float[Array, "*dims"]:
+        r"""Return $\nabla\log q_t(x) = -\sum_k w_k S_k^{-1} z_k$, finite at sigma = 0 too."""
+        dtype = floating(x).dtype
+        x, *_, precise, _, logits = self._parts(t, x)
+        score = -self._rotate_back(jax.nn.softmax(logits), precise)
+        return score.reshape(x.shape).astype(dtype)
 
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
         r"""Return $\log q_t(x)$ in nats."""
@@ -111,8 +120,7 @@ class Empirical(AbstractExact):
     shape: tuple[int, ...] = eqx.field(static=True)
 
     def _posterior(self, t: ScalarLike, x: Any) -> tuple[Array, Array, streaming.Moments]:
-        x = _sample("Empirical", x, self.shape)
-        t = jnp.asarray(t, x.dtype)
+        x, t = _sample("empirical", t, x, self.shape)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         flat = x.reshape(-1)
         return x, sigma, streaming.posterior(alpha, sigma, flat, self.atoms, self.log_weights)
@@ -121,9 +129,10 @@ class Empirical(AbstractExact):
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$ from one pass over the data."""
+        dtype = floating(x).dtype
         x, _, total = self._posterior(t, x)
         m, eps = total.mean
-        return m.reshape(x.shape), eps.reshape(x.shape)
+        return m.reshape(x.shape).astype(dtype), eps.reshape(x.shape).astype(dtype)
 
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
         r"""Return $\log q_t(x)$ in nats, for sigma > 0."""
@@ -132,11 +141,25 @@ class Empirical(AbstractExact):
         return total.top + jnp.log(total.mass) - normaliser
 
 
-def _sample(where: str, x: Any, shape: tuple[int, ...]) -> Array:
-    x = jnp.asarray(x)
+def _sample(where: str, t: Any, x: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return the sample and its time in at least float32, or raise if they are not single ones."""
+    x = floating(x)
     if x.shape != tuple(shape):
         raise _check.bad(where, "x", f"one sample of shape {tuple(shape)}", f"shape {x.shape}")
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+    if jnp.ndim(t) != 0:
+        raise _check.bad(where, "t", "one time, (); use jax.vmap for more", jnp.shape(t))
+    dtype = time_dtype(x.dtype)
+    return x.astype(dtype), jnp.asarray(t, dtype)
+
+
+def _process(where: str, process: Any) -> None:
+    if not isinstance(process, AbstractProcess):
+        raise _check.bad(where, "process", "a jaxdiff process", type(process).__name__)
+
+
+def _finite(where: str, argument: str, values: Array) -> None:
+    if is_concrete(values) and not np.all(np.isfinite(values)):
+        raise _check.bad(where, argument, "finite", "NaN or infinity")
 
 
 def _log_weights(where: str, weights: Any, n: int) -> Array:
@@ -203,6 +226,8 @@ def mixture(
     if means.ndim < 1:
         raise _check.bad("mixture", "means", "of shape (K, *dims)", means.shape)
     k = means.shape[0]
+    _process("mixture", process)
+    _finite("mixture", "means", means)
     values, basis = _spectrum("mixture", "covs", covs, k, means.shape[1:])
     return Mixture(process, _log_weights("mixture", weights, k), means, values, basis)
 
@@ -224,6 +249,8 @@ def gaussian(
     """
     mean = jnp.asarray(mean, jnp.result_type(float))
     cov = jnp.asarray(cov, jnp.result_type(float))
+    _process("gaussian", process)
+    _finite("gaussian", "mean", mean)
     if cov.ndim == 0 or cov.shape == mean.shape or cov.ndim == 2:
         values, basis = _spectrum("gaussian", "cov", cov[None], 1, mean.shape)
         return Mixture(process, jnp.zeros(1, mean.dtype), mean[None], values, basis)
@@ -249,10 +276,12 @@ def empirical(
         ValueError: if `data` has no atom, `weights` does not fit, or `chunk` is not positive.
     """
     _check.whole("empirical", "chunk", chunk, 1)
+    _process("empirical", process)
     data = jnp.asarray(data)
     data = data if jnp.issubdtype(data.dtype, jnp.floating) else data * 1.0
     if data.ndim < 1 or data.shape[0] == 0:
         raise _check.bad("empirical", "data", "of shape (N, *dims) with N >= 1", data.shape)
+    _finite("empirical", "data", data)
     n, chunk = data.shape[0], min(chunk, data.shape[0])
     log_p = _log_weights("empirical", jnp.ones(n) if weights is None else weights, n)
     pad = -n % chunk

@@ -122,6 +122,8 @@ def make(
     if not is_concrete(path, start, end):
         return _nodes(kind, path, jnp.asarray(u), jnp.asarray(start), jnp.asarray(end))
     check(path, [start, end], where="grid", argument="t_start > t_end")
+    if kind == "quadratic" and end < 0:
+        raise _check.bad("grid", "t_end", "not negative for kind='quadratic'", repr(end))
     for name, t, kinds in (("t_start", start, ("logsnr", "edm")), ("t_end", end, ("logsnr",))):
         if kind in kinds and not np.isfinite(host64(path.lam, np.float64(t))):
             raise _check.bad("grid", name, f"a time of finite log-SNR for kind={kind!r}", repr(t))
@@ -175,9 +177,10 @@ def check(
         raise _check.bad(where, argument, f"distinct in {jnp.dtype(dtype).name}", got)
     if is_concrete(path):
         low, high = float(path.t_min), float(path.t_max)
-        slack = 4 * np.finfo(np.float32).eps * max(abs(low), abs(high))
-        slack = slack if given.dtype != np.float64 else 1e-12 * max(abs(low), abs(high))
+        # an end that went through float32, in the nodes or in the process, is still that end
+        rounded = given.dtype != np.float64 or not isinstance(path.t_max, float)
+        slack = (4 * np.finfo(np.float32).eps if rounded else 1e-12) * max(abs(low), abs(high))
         if ts[0] > high + slack or ts[-1] < low - slack:
             got = f"[{ts[-1]:.9g}, {ts[0]:.9g}]"
-            raise _check.bad(where, argument, f"inside the process, [{low:g}, {high:g}]", got)
+            raise _check.bad(where, argument, f"inside the process, [{low:.9g}, {high:.9g}]", got)
     return ts

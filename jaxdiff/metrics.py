@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxdiff import _check
 from jaxdiff._types import Scalar
@@ -19,7 +19,7 @@ def _reduce_distances(x: Array, y: Array, reduce: Callable[[Array], Array]) -> A
     return jax.lax.map(one, x, batch_size=min(32, x.shape[0]))
 
 
-def energy_distance(x: Float[ArrayLike, "n *dims"], y: Float[ArrayLike, "m *dims"]) -> Scalar:
+def energy_distance(x: Real[ArrayLike, "n *dims"], y: Real[ArrayLike, "m *dims"]) -> Scalar:
     r"""Estimate the energy distance of two sets of samples, without bias.
 
     $$ D = 2E|X - Y| - E|X - X'| - E|Y - Y'| \ge 0 $$
@@ -51,7 +51,7 @@ def energy_distance(x: Float[ArrayLike, "n *dims"], y: Float[ArrayLike, "m *dims
 
 
 def nearest_distance(
-    x: Float[ArrayLike, "n *dims"], y: Float[ArrayLike, "m *dims"]
+    x: Real[ArrayLike, "n *dims"], y: Real[ArrayLike, "m *dims"]
 ) -> Float[Array, " n"]:
     r"""Return the distance of each sample to its nearest neighbour in `y`.
 

@@ -11,6 +11,7 @@ A process writes only `log_alpha`, `log_sigma` and its range. Both are written w
 import abc
 import itertools
 import math
+import sys
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -27,12 +28,11 @@ def _positive_range(name: str, **values: Any) -> None:
     """Check that concrete parameters are positive and given in increasing order."""
     if not is_concrete(values):
         return
-    numbers = [np.asarray(v, np.float64) for v in values.values()]
-    if any(v.ndim for v in numbers) or not all(
-        0 <= a < b < math.inf for a, b in itertools.pairwise(numbers)
-    ):
+    for argument, value in values.items():
+        _check.number(name, argument, value, 0, sys.float_info.max)
+    if not all(a < b for a, b in itertools.pairwise(map(float, values.values()))):
         got = ", ".join(f"{k}={v!r}" for k, v in values.items())
-        raise _check.bad(name, " < ".join(values), "finite, not negative and increasing", got)
+        raise _check.bad(name, " < ".join(values), "increasing", got)
 
 
 def _real(value: ScalarLike) -> Scalar:
@@ -42,6 +42,9 @@ def _real(value: ScalarLike) -> Scalar:
 
 class AbstractProcess(eqx.Module):
     """A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
+
+    Where alpha or sigma vanishes inside the range, override `alpha` or `sigma` as well, as
+    `Rectified` does: the logarithm has no finite slope there, and `rates` needs one.
 
     Every method takes one time `t`, a scalar in `[t_min, t_max]`, and costs no network evaluation.
 
@@ -114,9 +117,11 @@ class AbstractProcess(eqx.Module):
             return jnp.where(noisier, low, mid), jnp.where(noisier, mid, high)
 
         low, high = jax.lax.fori_loop(0, 60, halve, (low, high))
-        t = (low + high) / 2
+        end = jnp.where(lam > 0, low, high)  # where log-SNR is infinite, with no slope to divide by
+        t = jnp.where(jnp.isinf(lam), (fixed.t_min + fixed.t_max) / 2, (low + high) / 2)
         slope = jax.jvp(fixed.lam, (t,), (jnp.ones_like(t),))[1]
-        return t - (self.lam(t) - lam) / jax.lax.stop_gradient(slope)
+        inner = t - (self.lam(t) - lam) / jax.lax.stop_gradient(slope)
+        return jnp.where(jnp.isinf(lam), end, inner)
 
     def perturb(
         self, key: PRNGKeyArray, t: ScalarLike, x0: Float[ArrayLike, "*dims"]
@@ -132,6 +137,7 @@ class AbstractProcess(eqx.Module):
             The noisy sample and the noise that was added, both (*dims,) in the dtype of `x0`.
         """
         x0 = jnp.asarray(x0)
+        x0 = x0 if jnp.issubdtype(x0.dtype, jnp.floating) else x0.astype(float)
         eps = jax.random.normal(key, x0.shape, x0.dtype)
         return (self.alpha(t) * x0 + self.sigma(t) * eps).astype(x0.dtype), eps
 
@@ -267,8 +273,10 @@ class Cosine(AbstractProcess):
     t_max: float = 0.9946
 
     def __check_init__(self) -> None:
-        _positive_range("Cosine", zero=0.0, s=self.s)
-        _positive_range("Cosine", t_min=self.t_min, t_max=self.t_max, one=1.0)
+        _positive_range("Cosine", s=self.s)
+        _positive_range("Cosine", t_min=self.t_min, t_max=self.t_max)
+        if is_concrete(self.t_max) and self.t_max >= 1:
+            raise _check.bad("Cosine", "t_max", "less than 1, where alpha is 0", self.t_max)
 
     def _angles(self, t: ScalarLike) -> tuple[Any, Any, Any]:
         quarter = 0.5 * math.pi / (1 + self.s)
@@ -311,7 +319,9 @@ class VE(AbstractProcess):
     t_max: float = 1.0
 
     def __check_init__(self) -> None:
-        _positive_range("VE", zero=0.0, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        _positive_range("VE", sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        if is_concrete(self.sigma_min) and self.sigma_min == 0:
+            raise _check.bad("VE", "sigma_min", "positive", self.sigma_min)
         _positive_range("VE", t_min=self.t_min, t_max=self.t_max)
 
     def log_alpha(self, t: ScalarLike) -> Scalar:
@@ -433,7 +443,10 @@ class Discrete(AbstractProcess):
         if not is_concrete(betas):
             self.log_alphas = 0.5 * jnp.cumsum(jnp.log1p(-jnp.asarray(betas)))
             return
-        values = np.asarray(betas, np.float64)
+        try:
+            values = np.asarray(betas, np.float64)
+        except (TypeError, ValueError):
+            raise _check.bad("Discrete", "betas", "an array of numbers", repr(betas)) from None
         if values.ndim != 1 or values.size < 2:
             raise _check.bad("Discrete", "betas", "of shape (N,) with N >= 2", values.shape)
         if not np.all((values > 0) & (values < 1)):
@@ -473,4 +486,8 @@ class Discrete(AbstractProcess):
         table, slopes = self._table(lam.dtype)
         target = -0.5 * jax.nn.softplus(-2 * lam)
         i = jnp.clip(jnp.searchsorted(-table, -target, side="right") - 1, 0, slopes.shape[0] - 1)
-        return i + (target - table[i]) / slopes[i]
+        t = i + (target - table[i]) / slopes[i]
+        # Round-off off an integer would reach another row of an embedding: back onto it.
+        whole = jnp.round(t)
+        close = jnp.abs(t - whole) < 8 * jnp.finfo(t.dtype).eps * table.shape[0]
+        return t + jax.lax.stop_gradient(jnp.where(close, whole - t, 0))

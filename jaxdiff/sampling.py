@@ -6,6 +6,7 @@ nor the size of a chunk, nor the devices enter.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffrax as dfx
@@ -13,10 +14,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check
-from jaxdiff._types import INIT, SOLVER, Cond, stream
+from jaxdiff._types import INIT, SOLVER, Cond, is_concrete, stream
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.plan import Engine, Options, Plan, plan_solve
@@ -50,12 +51,14 @@ def _evaluations(solver: Any, steps: Any) -> Any:
     """Count denoiser evaluations in `steps` steps; -1 where diffrax does not say."""
     if isinstance(solver, AbstractGridSolver):
         return solver.evaluations * steps
-    if isinstance(solver, dfx.AbstractSRK):
+    if isinstance(solver, dfx.Euler):
+        return steps
+    if isinstance(solver, dfx.AbstractSRK) and solver.tableau.is_additive_noise():
         return len(solver.tableau.b_sol) * steps
-    tableau = getattr(solver, "tableau", None)
-    if isinstance(tableau, dfx.ButcherTableau):
-        return (tableau.num_stages - 1) * steps + 1 if tableau.fsal else tableau.num_stages * steps
-    return steps if isinstance(solver, dfx.Euler) else -jnp.ones_like(jnp.asarray(steps))
+    if isinstance(solver, dfx.AbstractERK) and isinstance(solver.tableau, dfx.ButcherTableau):
+        stages = solver.tableau.num_stages
+        return (stages - 1) * steps + 1 if solver.tableau.fsal else stages * steps
+    return -jnp.ones_like(jnp.asarray(steps))
 
 
 def _terms(denoiser: AbstractDenoiser, plan: Plan, path: Any, cond: Cond) -> Any:
@@ -127,7 +130,7 @@ def _draw(
     path = noise
     if plan.stochastic and noise is None:
         path = GridBrownian(key=stream(key, SOLVER), nodes=nodes, shape=shape)
-    trajectory = x[None]
+    trajectory = (x * plan.scales[0])[None]
     result, steps = dfx.RESULTS.successful, jnp.asarray(0)
     if ts.shape[0] > 1:
         terms = _terms(denoiser, plan, path, cond)
@@ -164,7 +167,7 @@ def draw(
     shape: tuple[int, ...],
     *,
     solver: dfx.AbstractSolver,
-    ts: Float[Any, " nodes"],
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
     cond: Cond = None,
     init: Float[Any, "*dims"] | None = None,
     noise: dfx.AbstractBrownianPath | None = None,
@@ -195,10 +198,12 @@ def draw(
         denoiser: what to sample from.
         shape: shape of the sample, `(*dims,)`.
         solver: an instance, `jaxdiff.solvers.DDIM()` or `diffrax.Tsit5()`.
-        ts: strictly decreasing times inside the process, (nodes,); see `process.grid`.
+        ts: strictly decreasing times inside the process, (nodes,); see `process.grid`. A traced
+            grid must not end at sigma = 0 for a solver of diffrax: no clock reaches it.
         cond: condition passed to the network.
         init: $x_{t_0}$, (*dims,), instead of a draw from the prior.
-        noise: a Brownian path in clock `"u"` instead of one keyed by the grid.
+        noise: a Brownian path in clock `"u"`, of the shape of the sample, instead of one keyed by
+            the grid; under a controller, a `diffrax.VirtualBrownianTree`.
         denoise: finish with one more evaluation, $x = m(t_N, x)$: a step to sigma = 0.
         trajectory: also return the states at all nodes, in `aux`.
         engine: `"scan"` or `"diffrax"`, for solvers of jaxdiff; the results are equal.
@@ -207,7 +212,8 @@ def draw(
             controller, by default.
         controller: a diffrax step-size controller, for solvers of diffrax; `ts` then gives the
             two ends and the times of `trajectory`.
-        adjoint: a diffrax adjoint, for the diffrax engine.
+        adjoint: a diffrax adjoint, for the diffrax engine; its default has no forward mode, for
+            which pass `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`.
         max_steps: bound on the steps under a controller.
         dtype: dtype of the sample; the default float.
 
@@ -231,13 +237,18 @@ def draw(
     shape, dtype = _check.dims("draw", "shape", shape), _dtype("draw", dtype)
     options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
     plan = plan_solve("draw", denoiser, solver, ts, dtype, options, own_noise=noise is not None)
+    if noise is not None and not isinstance(noise, dfx.AbstractBrownianPath):
+        raise _check.bad("draw", "noise", "a diffrax Brownian path", type(noise).__name__)
     init = _init("draw", init, shape)
     key = _key("draw", key, needed=init is None or (plan.stochastic and noise is None))
     return _draw_jit(key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, noise)
 
 
 def _dtype(where: str, dtype: Any) -> Any:
-    dtype = jnp.result_type(float if dtype is None else dtype)
+    try:
+        dtype = jnp.result_type(float if dtype is None else dtype)
+    except TypeError:
+        raise _check.bad(where, "dtype", "a floating dtype", repr(dtype)) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise _check.bad(where, "dtype", "a floating dtype", dtype)
     return dtype
@@ -250,7 +261,10 @@ def _key(where: str, key: Any, needed: bool) -> PRNGKeyArray | None:
 def _init(where: str, init: Any, shape: tuple[int, ...]) -> Array | None:
     if init is None:
         return None
-    init = jnp.asarray(init)
+    try:
+        init = jnp.asarray(init)
+    except (TypeError, ValueError):
+        raise _check.bad(where, "init", f"an array of shape {shape}", repr(init)) from None
     if init.shape != shape:
         raise _check.bad(where, "init", f"of shape {shape}", f"shape {init.shape}")
     return init
@@ -269,7 +283,7 @@ def _chunk(
     """Draw the samples of the given rows of this call."""
 
     def one(row: Array, cond: Cond, init: Array | None) -> Samples:
-        own = None if key is None else stream(key, start + row)
+        own = None if key is None else stream(key, start + row.astype(jnp.uint32))
         return _draw(own, denoiser, shape, plan, cond, init, None)
 
     cond, init = jax.tree.map(lambda a: jnp.asarray(a)[rows], (cond, init))
@@ -294,10 +308,10 @@ def sample(
     *,
     num: int,
     solver: dfx.AbstractSolver,
-    ts: Float[Any, " nodes"],
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
     cond: Cond = None,
     init: Float[Any, "num *dims"] | None = None,
-    start: Int[Any, ""] | int = 0,
+    start: Any = 0,
     chunk: int | None = None,
     progress: bool = False,
     denoise: bool = False,
@@ -326,7 +340,7 @@ def sample(
         ts: as in `draw`.
         cond: conditions, every leaf with leading axis `num`.
         init: starting states, (num, *dims), instead of draws from the prior.
-        start: index of the first sample; may be traced.
+        start: index of the first sample, 0 or more; may be traced.
         chunk: samples per vectorised program, to bound memory; all of them by default.
         progress: show a bar over the chunks (needs tqdm, and no tracing around this call).
         denoise: as in `draw`.
@@ -370,7 +384,7 @@ def sample(
     count = -(-num // width)
     rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
     struct = jax.ShapeDtypeStruct(shape, dtype)
-    args: Any = (key, denoiser, struct, plan, cond, init, jnp.asarray(start))
+    args: Any = (key, denoiser, struct, plan, cond, init, _check.start(start))
     if progress:
         from tqdm.auto import tqdm
 
@@ -390,15 +404,19 @@ def check(samples: PyTree) -> Any:
 
     Raises:
         RuntimeError: naming how many samples failed, which, and why.
+        ValueError: if `samples` is no result, or is being traced.
     """
-    codes = np.atleast_1d(jax.tree.leaves(samples.result)[0])
-    failed = np.atleast_1d(samples.result != dfx.RESULTS.successful)
+    if not isinstance(samples, Samples) or not is_concrete(samples):
+        got = "a traced one; call it outside jit" if isinstance(samples, Samples) else samples
+        raise _check.bad("check", "samples", "a result of draw or sample", got)
+    codes = np.ravel(jax.tree.leaves(samples.result)[0])
+    failed = np.ravel(samples.result != dfx.RESULTS.successful)
     if not failed.any():
         return samples
     reasons = []
     for code in np.unique(codes[failed]):
         i = int(np.argmax(codes == code))
-        item = jax.tree.map(lambda a, i=i: np.asarray(np.atleast_1d(a)[i]), samples.result)
+        item = jax.tree.map(lambda a, i=i: np.asarray(np.ravel(a)[i]), samples.result)
         reasons.append(f"{dfx.RESULTS[item].strip()} ({int((codes == code).sum())} samples)")
     raise RuntimeError(
         f"check: {failed.sum()} of {failed.size} samples failed, first at index "

@@ -19,7 +19,7 @@ $\hat\epsilon$ where sigma = 0.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -28,10 +28,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike
+from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
 
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
+
+
+def floating(x: Any) -> Array:
+    """Return `x` as a floating array: integers become the default float."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
 def mixing(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:
@@ -110,11 +116,6 @@ class AbstractDenoiser(eqx.Module):
         return (a * m + b * eps).astype(m.dtype)
 
 
-def _floating(x: Any) -> Array:
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
-
-
 class Denoiser(AbstractDenoiser):
     r"""A process and a network, whatever the network predicts.
 
@@ -152,8 +153,13 @@ class Denoiser(AbstractDenoiser):
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> Float[Array, "*dims"]:
         """Return what the network says, of the kind `predicts`."""
-        x = _floating(x)
-        out = jnp.asarray(self.net(jnp.asarray(t, x.dtype), x, cond))
+        x = floating(x)
+        if jnp.ndim(t) != 0:
+            raise _check.bad("Denoiser", "t", "one time, (); use jax.vmap for more", jnp.shape(t))
+        out = self.net(jnp.asarray(t, time_dtype(x.dtype)), x, cond)
+        if out is None:
+            raise _check.bad("Denoiser", "the output of net", "an array", "None")
+        out = jnp.asarray(out)
         if out.shape != x.shape:
             raise _check.bad(
                 "Denoiser", "the output of net", f"of the shape of x, {x.shape}", out.shape
@@ -164,7 +170,7 @@ class Denoiser(AbstractDenoiser):
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$ by the 2x2 system of the module's head."""
-        x = _floating(x)
+        x = floating(x)
         out = self.raw(t, x, cond)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.predicts == "score":
@@ -193,7 +199,7 @@ class _Precondition(eqx.Module):
 
     def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
         skip, out, scale, noise = edm_coefficients(self.process, t, self.sigma_data)
-        inner = self.net(noise.astype(x.dtype), (scale * x).astype(x.dtype), cond)
+        inner = self.net(noise.astype(time_dtype(x.dtype)), (scale * x).astype(x.dtype), cond)
         return (skip * x + out * inner).astype(x.dtype)
 
 
@@ -251,9 +257,7 @@ class _Batched(eqx.Module):
     dtype: Any = eqx.field(static=True)
 
     def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
-        t, inner = jnp.asarray(t, x.dtype), x
-        if self.dtype is not None:
-            inner = x.astype(self.dtype)
+        inner = x if self.dtype is None else x.astype(self.dtype)
         batched = [jax.tree.map(lambda a: jnp.asarray(a)[None], a) for a in (t, inner, cond)]
         return self.net(*batched)[0].astype(x.dtype)
 
@@ -312,7 +316,22 @@ def from_linen(module: Any, variables: PyTree, *, dtype: Any = None, **kwargs: A
 
     Returns:
         A per-sample network for `Denoiser`.
+
+    Raises:
+        ValueError: if `variables` has no `"params"`, or a keyword would make the network random
+            or change its variables (`rngs`, `mutable`).
     """
+    from flax import linen
+
+    if not isinstance(module, linen.Module):
+        raise _check.bad("from_linen", "module", "a flax.linen module", type(module).__name__)
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise _check.bad("from_linen", "variables", 'a mapping with "params"', got)
+    for name, value in kwargs.items():
+        if name in ("rngs", "mutable") or any(map(eqx.is_array, jax.tree.leaves(value))):
+            expected = "a plain option such as train=False: the network must be deterministic"
+            raise _check.bad("from_linen", name, expected, type(value).__name__)
     return _Batched(_Linen(module, variables, tuple(sorted(kwargs.items()))), dtype)
 
 

@@ -1,15 +1,17 @@
 """Transport distances between sets of samples."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check
 from jaxdiff._types import Scalar
 
 
 def quantile_distance(
-    x: Float[ArrayLike, " n"], y: Float[ArrayLike, " m"], p: float = 2.0
+    x: Real[ArrayLike, " n"], y: Real[ArrayLike, " m"], p: float = 2.0
 ) -> Float[Array, ""]:
     r"""Return $W_p^p$ of two samples on the line, $\int_0^1 |F_x^{-1} - F_y^{-1}|^p\,dq$, exactly.
 
@@ -18,7 +20,10 @@ def quantile_distance(
         y: second sample, (m,), of any size.
         p: order, at least 1.
     """
-    x, y = jnp.sort(jnp.asarray(x)), jnp.sort(jnp.asarray(y))
+    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+    x, y = (jnp.sort(jnp.asarray(a, dtype)) for a in (x, y))
+    if x.ndim != 1 or y.ndim != 1:
+        raise _check.bad("quantile_distance", "x and y", "of shape (n,)", f"{x.shape}, {y.shape}")
     n, m = x.shape[0], y.shape[0]
     # Both quantile functions are constant between the merged levels i/n and j/m.
     levels = jnp.sort(jnp.concatenate([jnp.arange(n + 1) / n, jnp.arange(1, m) / m]))
@@ -30,8 +35,8 @@ def quantile_distance(
 
 def sliced_wasserstein(
     key: PRNGKeyArray,
-    x: Float[ArrayLike, "n *dims"],
-    y: Float[ArrayLike, "m *dims"],
+    x: Real[ArrayLike, "n *dims"],
+    y: Real[ArrayLike, "m *dims"],
     *,
     projections: int = 512,
     p: float = 2.0,
@@ -60,6 +65,8 @@ def sliced_wasserstein(
         Bonneel, Rabin, Peyre, Pfister 2015, "Sliced and Radon Wasserstein Barycenters of Measures".
     """
     _check.whole("sliced_wasserstein", "projections", projections, 1)
+    _check.number("sliced_wasserstein", "p", p, 1, math.inf)
+    key = _check.key("sliced_wasserstein", "key", key)
     x, y = _check.two_sets("sliced_wasserstein", x, y)
     theta = jax.random.normal(key, (projections, x.shape[1]), x.dtype)
     theta = theta / jnp.linalg.norm(theta, axis=1, keepdims=True)

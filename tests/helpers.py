@@ -16,16 +16,12 @@ PROCESSES = {
 }
 
 
-def each(table, **kwargs):
-    """Parametrise over the values of a table, named by its keys."""
-    return pytest.mark.parametrize(
-        ",".join(kwargs) or "case", [pytest.param(v, id=k) for k, v in table.items()]
-    )
+def each(table, name="case"):
+    """Parametrise an argument over the values of a table, named by its keys."""
+    return pytest.mark.parametrize(name, [pytest.param(v, id=k) for k, v in table.items()])
 
 
-each_process = pytest.mark.parametrize(
-    "path", [pytest.param(p, id=name) for name, p in PROCESSES.items()]
-)
+each_process = each(PROCESSES, "path")
 
 
 def inner_times(path, n=33, low=1e-3, high=1e-3):

@@ -335,3 +335,21 @@ def test_errors_name_the_argument_and_what_was_given(case, as_users_see_it):
     message = str(error.value)
     assert f": {argument} must be" in message, message
     assert given in message, message
+
+
+def test_the_score_of_a_mixture_at_sigma_zero_is_that_of_the_data():
+    path = PROCESSES["Rectified"]
+    denoiser = exact.mixture(path, [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], 0.04)
+    x = jnp.array([1.1, 0.7])
+    want = jax.grad(lambda x: denoiser.log_density(0.0, x))(x)
+    np.testing.assert_allclose(denoiser.score(0.0, x), want, rtol=1e-12)
+
+
+def test_parts_that_are_no_numbers_are_refused(as_users_see_it):
+    path = PROCESSES["VP"]
+    with pytest.raises(ValueError, match="mixture: means must be finite"):
+        exact.mixture(path, [1.0], [[jnp.nan]], 0.1)
+    with pytest.raises(ValueError, match="empirical: process must be a jaxdiff process"):
+        exact.empirical(jnp.ones((3, 2)), path)
+    with pytest.raises(ValueError, match=r"mixture: t must be one time.* got \(2,\)"):
+        exact.mixture(path, [1.0], [[0.0]], 0.1)(jnp.ones(2), jnp.ones(1))

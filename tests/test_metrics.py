@@ -86,3 +86,14 @@ def test_counts_are_checked():
         metrics.energy_distance(normal(1, 1, 3), normal(2, 5, 3))
     with pytest.raises(ValueError, match=r"projections must be a whole number.* got 0"):
         transport.sliced_wasserstein(KEY, normal(1, 5, 3), normal(2, 5, 3), projections=0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16])
+def test_images_of_any_dtype_are_measured_in_floats(dtype):
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, 256, (40, 16)).astype(dtype) for _ in range(2))
+    wide = [a.astype(np.float32) for a in (x, y)]
+    for call in (metrics.energy_distance, metrics.nearest_distance):
+        np.testing.assert_array_equal(call(jnp.asarray(x), jnp.asarray(y)), call(*wide))
+    ours = transport.quantile_distance(jnp.array([0, 1, 2]), jnp.array([0, 1, 1]))
+    assert np.isclose(ours, 1 / 3)

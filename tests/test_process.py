@@ -485,3 +485,37 @@ def test_errors_name_the_argument_and_the_value(build, parts):
         build()
     for part in parts:
         assert part in str(error.value)
+
+
+class PlainFlow(process.AbstractProcess):
+    """A user's process whose log-SNR is infinite at both ends, without a closed inverse."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def log_alpha(self, t):
+        return jnp.log1p(-jnp.asarray(t))
+
+    def log_sigma(self, t):
+        return jnp.log(t)
+
+
+def test_bisection_at_infinite_log_snr():
+    path = PlainFlow()
+    np.testing.assert_array_equal(path.t_of_lam(jnp.inf), 0.0)
+    np.testing.assert_array_equal(path.t_of_lam(-jnp.inf), 1.0)
+    assert np.isfinite(jax.grad(path.t_of_lam)(0.3))
+
+
+def test_discrete_integers_are_integers_with_the_slope_of_the_inverse():
+    path = PROCESSES["Discrete"]
+    lam = jax.vmap(path.lam)(jnp.arange(1, 999, dtype=np.float32))
+    np.testing.assert_array_equal(jax.vmap(path.t_of_lam)(lam), np.arange(1, 999))
+    slope = jax.grad(path.lam)(500.0)
+    np.testing.assert_allclose(jax.grad(path.t_of_lam)(path.lam(500.0)), 1 / slope, rtol=1e-9)
+
+
+def test_quadratic_grid_of_negative_times_is_refused():
+    path = PlainFlow(t_min=-1.0)
+    with pytest.raises(ValueError, match="t_end must be not negative for kind='quadratic'"):
+        path.grid(4, "quadratic")

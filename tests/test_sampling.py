@@ -511,3 +511,126 @@ def test_a_brownian_path_of_ones_own_drives_either_library(solver):
     ours = jd.draw(None, MIX, (2,), solver=solver, **kwargs).aux["trajectory"]
     theirs = jd.draw(None, MIX, (2,), solver=dfx.Euler(), equation="sde", **kwargs)
     np.testing.assert_allclose(ours, theirs.aux["trajectory"], rtol=1e-9, atol=1e-9)
+
+
+# --- The model as an argument, where the floats of its process are traced. ---
+
+FLOW = PROCESSES["Rectified"]
+FLOW_MIX = jd.exact.mixture(FLOW, [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], 0.04)
+
+
+@pytest.mark.parametrize(
+    "solver", [DDIM(), EulerMaruyama("t"), dfx.Euler(), dfx.SEA()], ids=lambda s: type(s).__name__
+)
+def test_the_step_to_clean_data_is_the_same_inside_jit(solver):
+    ts = FLOW.grid(6, t_start=0.99)
+    run = lambda model: jd.draw(KEY, model, (2,), solver=solver, ts=ts).x  # noqa: E731
+    np.testing.assert_allclose(jax.jit(run)(FLOW_MIX), run(FLOW_MIX), rtol=1e-9)
+
+
+def test_draw_in_an_eager_shard_map():
+    mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("b")
+
+    def body(starts):
+        return jd.sample(KEY, MIX, (2,), num=2, start=starts[0], solver=DDIM(), ts=VP.grid(4)).x
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    whole = jd.sample(KEY, MIX, (2,), num=3, solver=DDIM(), ts=VP.grid(4)).x
+    np.testing.assert_allclose(mapped(jnp.array([1])), whole[1:], rtol=1e-12)
+
+
+def test_a_model_that_went_through_float32_takes_the_same_grid():
+    moved = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), MIX)
+    out = jd.draw(KEY, moved, (2,), solver=DDIM(), ts=VP.grid(3))
+    assert np.isfinite(out.x).all()
+
+
+def test_a_trajectory_starts_at_its_start():
+    for solver in (DDIM(), dfx.Euler()):
+        out = jd.draw(
+            None, FLOW_MIX, (2,), solver=solver, ts=[0.5, 0.0], init=jnp.ones(2), trajectory=True
+        )
+        np.testing.assert_array_equal(out.aux["trajectory"][0], jnp.ones(2))
+        np.testing.assert_array_equal(out.aux["ts"], [0.5, 0.0])
+
+
+def test_times_are_float32_where_the_state_is_not():
+    """In bfloat16 the indices 999 and 801 of a discrete process would be 1000 and 800."""
+    seen = []
+
+    def net(t, x, cond):
+        jax.debug.callback(lambda t: seen.append(float(t)), t)
+        return x
+
+    path, ts = PROCESSES["Discrete"], [999, 801, 601, 301, 101]
+    out = jd.draw(KEY, jd.Denoiser(path, net, "eps"), (2,), solver=DDIM(), ts=ts, dtype="bfloat16")
+    jax.block_until_ready(out)
+    assert out.x.dtype == jnp.bfloat16
+    assert seen == ts[:-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_diffrax_solvers_meet_discrete_indices_exactly(dtype):
+    seen = []
+
+    def net(t, x, cond):
+        jax.debug.callback(lambda t: seen.append(float(t)), t)
+        return x
+
+    ts = [999, 801, 601, 301, 101, 10, 0]
+    model = jd.Denoiser(PROCESSES["Discrete"], net, "eps")
+    jax.block_until_ready(jd.draw(KEY, model, (2,), solver=dfx.Euler(), ts=ts, dtype=dtype))
+    assert seen == ts[:-1]
+
+
+def test_evaluations_are_not_guessed():
+    out = jd.draw(KEY, MIX, (2,), solver=dfx.SlowRK(), ts=VP.grid(3), equation="sde")
+    assert out.nfe == -1
+
+
+@pytest.mark.parametrize(
+    "kwargs, parts",
+    [
+        (dict(start=1.5), ["start", "1.5"]),
+        (dict(start=-1), ["start", "-1"]),
+        (dict(start=2**32), ["start", "4294967296"]),
+        (dict(solver=dfx.ShARK(), controller=dfx.PIDController(1e-3, 1e-3)), ["noise", "None"]),
+        (dict(solver=dfx.Tsit5(), controller=dfx.PIDController), ["controller", "PIDController"]),
+        (dict(max_steps=0), ["max_steps", "0"]),
+        (dict(dtype="foo"), ["dtype", "foo"]),
+        (dict(init="x"), ["init", "x"]),
+        (dict(solver=dfx.Euler(), clock=np.ones(2)), ["clock", "1."]),
+    ],
+)
+def test_more_wrong_arguments_get_one_sentence(as_users_see_it, kwargs, parts):
+    with pytest.raises(ValueError) as error:
+        jd.sample(KEY, MIX, (2,), **(dict(num=2, solver=DDIM(), ts=TS) | kwargs))
+    assert all(part in str(error.value) for part in ["sample: ", *parts])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_noise_that_is_no_path_or_not_wanted(as_users_see_it):
+    with pytest.raises(ValueError, match="draw: noise must be a diffrax Brownian path"):
+        jd.draw(KEY, MIX, (2,), solver=EulerMaruyama(), ts=TS, noise=jnp.ones(2))
+    tree = dfx.VirtualBrownianTree(0.0, 1.0, 0.1, (2,), jax.random.key(5))
+    with pytest.raises(ValueError, match="noise must be left out, since DDIM solves the ODE"):
+        jd.draw(KEY, MIX, (2,), solver=DDIM(), ts=TS, noise=tree)
+
+
+def test_a_network_of_noise_cannot_start_where_there_is_no_signal():
+    model = jd.Denoiser(FLOW, lambda t, x, cond: x, "eps")
+    with pytest.raises(ValueError, match=r"ts\[0\] must be a time with alpha > 0.* got t=1.0"):
+        jd.draw(KEY, model, (2,), solver=DDIM(), ts=FLOW.grid(4))
+
+
+def test_check_reads_results_of_any_rank_and_nothing_else():
+    bad = jd.Denoiser(VP, lambda t, x, cond: x * jnp.nan)
+    keys = jax.random.split(KEY, 3)
+    many_keys = jax.vmap(lambda k: jd.sample(k, bad, (2,), num=2, solver=DDIM(), ts=TS))(keys)
+    with pytest.raises(RuntimeError, match=r"6 of 6 samples failed.*detected during solve. \(6"):
+        jd.check(many_keys)
+    with pytest.raises(ValueError, match="samples must be a result of draw or sample"):
+        jd.check(jnp.ones(2))
+    with pytest.raises(ValueError, match="call it outside jit"):
+        jax.jit(lambda k: jd.check(jd.draw(k, MIX, (2,), solver=DDIM(), ts=TS)).x)(KEY)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
+from flax import linen
 from helpers import PROCESSES, each_process
 from oracles import GaussianMixture
 
@@ -472,3 +473,22 @@ def test_new_equinox_parameters_do_not_retrace():
         return score.precondition(VP(), Affine(linear))
 
     assert retrace(build) == 1
+
+
+def test_from_linen_refuses_what_it_cannot_keep_pure():
+    module = linen.Dense(2)
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 2)))
+    for args, kwargs, said in [
+        ((variables, module), {}, "module must be a flax.linen module"),
+        ((module, variables["params"]), {}, 'variables must be a mapping with "params"'),
+        ((module, variables), {"rngs": {"dropout": jax.random.key(1)}}, "rngs must be a plain"),
+        ((module, variables), {"mutable": ["batch_stats"]}, "mutable must be a plain"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            score.from_linen(*args, **kwargs)
+
+
+def test_one_time_at_a_time(as_users_see_it):
+    denoiser = Denoiser(VP(), lambda t, x, cond: x, "eps")
+    with pytest.raises(ValueError, match=r"t must be one time.* got \(2,\)"):
+        denoiser.eps(jnp.ones(2), jnp.ones(2))

@@ -119,3 +119,13 @@ def test_epochs_visit_each_example_once_also_under_jit():
     first, second = seen[:3].ravel().tolist(), seen[3:].ravel().tolist()
     assert len(set(first)) == len(set(second)) == 9 and first != second
     assert set(first) | set(second) <= set(range(10))
+
+
+def test_a_path_that_cannot_be_written_is_told_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def never(n):
+        raise AssertionError("a batch was asked for")
+
+    with pytest.raises(checkpoint.CheckpointError, match="file/run cannot be written"):
+        run(fresh(), 3, batch=never, path=tmp_path / "file" / "run")

@@ -137,7 +137,7 @@ def test_errors_name_the_argument(as_users_see_it):
     denoiser = Denoiser(VP(), net)
     with pytest.raises(ValueError, match=r"example_weight must be of shape \(4,\), got \(3,\)"):
         loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2)), example_weight=jnp.ones(3))
-    with pytest.raises(ValueError, match="batch_loss: x0 must be floating, got int64"):
+    with pytest.raises(ValueError, match="batch_loss: x0 must be a floating array, got int64"):
         loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2), int))
     with pytest.raises(ValueError, match="logsnr_time: process must be of finite log-SNR"):
         loss.logsnr_time(Rectified(), 0.5)

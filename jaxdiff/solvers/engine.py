@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff._types import Scalar, ScalarLike, host64
+from jaxdiff._types import Scalar, ScalarLike, host64, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.terms import View, view
 
@@ -150,7 +150,8 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
             row = self.row(clock.process, window, state.step)
         else:
             row = jax.tree.map(lambda table: jnp.asarray(table)[state.step], self.rows)
-        row = jax.tree.map(lambda value: jnp.asarray(value).astype(y0.dtype), row)
+        # weak floats would do, but rows may be float64 where the state is float32
+        row = jax.tree.map(lambda value: jnp.asarray(value, time_dtype(y0.dtype)), row)
         x = (y0 / clock.scale(t[0])).astype(y0.dtype)
         x1, output = self.advance(at, row, t, x, state)
         y1 = (x1 * clock.scale(t[1])).astype(y0.dtype)

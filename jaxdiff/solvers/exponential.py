@@ -88,13 +88,12 @@ class DDIM(AbstractGridSolver):
     rows: Row | None = None
 
     def __check_init__(self) -> None:
-        if is_concrete(self.eta) and not 0 <= self.eta <= 1:
-            raise _check.bad("DDIM", "eta", "in [0, 1]", self.eta)
+        _check.number("DDIM", "eta", self.eta, 0, 1)
 
     @property
     def stochastic(self) -> bool:
         """Whether `eta` is (or may be) positive."""
-        return not (isinstance(self.eta, (int, float)) and self.eta == 0)
+        return not (is_concrete(self.eta) and float(self.eta) == 0)
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike) -> Row:
         """Freeze the network output over the step."""

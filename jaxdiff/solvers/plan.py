@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check, grids
-from jaxdiff._types import host64, is_concrete
+from jaxdiff._types import host64, is_concrete, time_dtype
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.terms import Clock, ClockName
@@ -80,9 +80,22 @@ def plan_solve(
     if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
         raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
     process = denoiser.process
-    ts = grids.check(process, ts, where=where, dtype=dtype)
+    ts = grids.check(process, ts, where=where, dtype=time_dtype(dtype))
+    _check.whole(where, "max_steps", options.max_steps, 1)
+    for name, kind in (
+        ("controller", dfx.AbstractStepSizeController),
+        ("adjoint", dfx.AbstractAdjoint),
+    ):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, kind):
+            raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
     denoise, last = options.denoise, (1.0, ts[-1])
-    alpha, sigma = host64(_scales, process, ts[-1])
+    with jax.ensure_compile_time_eval():  # known under jit too where no parameter enters
+        ends = process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
+        first, alpha, sigma = (np.asarray(a) if is_concrete(a) else a for a in ends)
+    if is_concrete(first) and first == 0 and getattr(denoiser, "predicts", "") in ("eps", "score"):
+        expected = "a time with alpha > 0: a network that predicts eps or score says nothing there"
+        raise _check.bad(where, "ts[0]", expected, f"t={float(ts[0])!r}; start below it")
     if is_concrete(sigma) and sigma == 0:
         # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
         denoise, last, ts = True, (alpha, ts[-1]), ts[:-1]
@@ -91,12 +104,19 @@ def plan_solve(
         clock: ClockName = "u" if stochastic and own_noise else "t"
     else:
         engine, stochastic, clock = _their_engine(where, solver, options)
+        if stochastic and options.controller is not None and not own_noise:
+            expected = "given under a controller, a diffrax.VirtualBrownianTree in clock 'u'"
+            raise _check.bad(where, "noise", expected, None)
+    if own_noise and not stochastic:
+        expected = f"left out, since {type(solver).__name__} solves the ODE"
+        raise _check.bad(where, "noise", expected, "a path")
     nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
     if is_concrete(nodes, scales) and not (np.all(np.isfinite(nodes)) and np.all(scales > 0)):
         expected = f"a time that {type(solver).__name__} can start at"
         got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
+        got += "" if stochastic else " or choose another clock"
         raise _check.bad(where, "ts[0]", expected, got)
-    arrays = (ts, nodes, (scales[0], scales[1]), last)
+    arrays, dtype = (ts, nodes, (scales[0], scales[1]), last), time_dtype(dtype)
     solver = jax.tree.map(lambda a: a.astype(dtype) if isinstance(a, np.ndarray) else a, solver)
     return Plan(
         solver,
@@ -115,10 +135,6 @@ def plan_solve(
 def _cast(value: Any, dtype: Any) -> Any:
     # NumPy stays NumPy: jit takes it as it is, without a kernel launch of its own.
     return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
-
-
-def _scales(process: Any, t: Array) -> tuple[Array, Array]:
-    return process.alpha(t), process.sigma(t)
 
 
 def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:

@@ -206,6 +206,8 @@ def pf_ode(denoiser: AbstractDenoiser, clock: ClockName = "r", cond: Cond = None
     References:
         Song et al. 2021 (2011.13456), eq. 13.
     """
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise _check.bad("pf_ode", "denoiser", "a jaxdiff denoiser", repr(denoiser))
     _check.choice("pf_ode", "clock", clock, ("t", "r", "s", "lam"))
     return dfx.ODETerm(Field(denoiser, Clock(denoiser.process, clock), cond))
 

@@ -85,6 +85,21 @@ def latest(path: str | os.PathLike[str]) -> int | None:
     return max(_steps(Path(path)), default=None)
 
 
+def prepare(path: str | os.PathLike[str]) -> None:
+    """Make the directory of a run, so that a long training does not end on a path it cannot write.
+
+    Raises:
+        CheckpointError: if the directory cannot be made or written.
+    """
+    probe = Path(path).absolute() / f".writable-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"prepare: {path} cannot be written ({error})") from error
+
+
 def save(path: str | os.PathLike[str], state: Any, *, keep: int = 2) -> Path:
     """Write a checkpoint of `state` into `path` and remove old ones.
 

@@ -117,16 +117,18 @@ def fit(
 
     Raises:
         ValueError: if `steps` is less than the steps already done, or a number is not whole.
-        CheckpointError: if the newest checkpoint is unusable or a new one cannot be written.
+        CheckpointError: if `path` cannot be written, or the newest checkpoint there is unusable.
         RuntimeError: if a loss, or a parameter to be saved, is not finite. No such state is saved.
         KeyboardInterrupt: Ctrl-C, after saving the last finished step.
     """
     _check.whole("fit", "steps", steps, 0)
     _check.whole("fit", "save_every", save_every, 1)
     done = int(state.step)
-    if path is not None and (checkpoint.latest(path) or 0) > done:
-        state = checkpoint.restore(path, state)
-        done = int(state.step)
+    if path is not None:
+        checkpoint.prepare(path)
+        if (checkpoint.latest(path) or 0) > done:
+            state = checkpoint.restore(path, state)
+            done = int(state.step)
     if done > steps:
         raise _check.bad("fit", "steps", f"at least the {done} steps already done", steps)
     bar = _Progress(progress, total=steps, initial=done, desc=description)

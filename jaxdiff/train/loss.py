@@ -139,6 +139,11 @@ def denoising_loss(
     Returns:
         The loss, (), in float32 or wider.
     """
+    if not isinstance(denoiser, score.Denoiser):
+        expected = "a Denoiser with a network to train"
+        raise _check.bad("denoising_loss", "denoiser", expected, type(denoiser).__name__)
+    if weight is not None and not callable(weight):
+        raise _check.bad("denoising_loss", "weight", "a function of lam, as WEIGHTS has", weight)
     process, kind = denoiser.process, denoiser.predicts
     x, eps = process.perturb(key, t, x0)
     a, b = score.mixing(process, kind, t)
@@ -189,8 +194,8 @@ def batch_loss(
     Raises:
         ValueError: if `example_weight` is not of shape (n,) or `x0` is not floating.
     """
-    if not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise _check.bad("batch_loss", "x0", "floating", x0.dtype)
+    if not hasattr(x0, "dtype") or not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise _check.bad("batch_loss", "x0", "a floating array", getattr(x0, "dtype", type(x0)))
     n = len(x0)
     if example_weight is not None and example_weight.shape != (n,):
         raise _check.bad("batch_loss", "example_weight", f"of shape ({n},)", example_weight.shape)

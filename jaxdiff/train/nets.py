@@ -183,8 +183,8 @@ class UNet(nn.Module):
 
     Raises:
         ValueError: when called, if `x` is no batch of images, if height or width is not divisible
-            by `2**(levels - 1)`, if `groups` does not divide `channels`, or if `t` or `cond` does
-            not fit `x` and `num_classes`.
+            by `2**(levels - 1)`, if `groups` does not divide `channels` or `heads` the coarsest,
+            or if `t` or `cond` does not fit `x` and `num_classes`.
 
     Example:
         >>> import jax
@@ -213,6 +213,9 @@ class UNet(nn.Module):
             raise _check.bad(
                 "UNet", "channels", f"multiples of groups={self.groups}", self.channels
             )
+        if self.attention and self.channels[-1] % self.heads:
+            expected = f"a divisor of channels[-1]={self.channels[-1]}"
+            raise _check.bad("UNet", "heads", expected, self.heads)
 
     @nn.compact
     def __call__(
