@@ -1,6 +1,6 @@
 """A functional sampling toolkit for score-based models in JAX."""
 
-from jaxdiff import exact, grids, metrics, process, score, solvers, transport
+from jaxdiff import exact, fisher, grids, metrics, process, score, solvers, transport
 from jaxdiff.sampling import Samples, check, draw, sample
 from jaxdiff.score import Denoiser
 
@@ -12,6 +12,7 @@ __all__ = [
     "check",
     "draw",
     "exact",
+    "fisher",
     "grids",
     "metrics",
     "process",
