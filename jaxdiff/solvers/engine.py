@@ -150,7 +150,6 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
             row = self.row(clock.process, window, state.step)
         else:
             row = jax.tree.map(lambda table: jnp.asarray(table)[state.step], self.rows)
-        # weak floats would do, but rows may be float64 where the state is float32
         row = jax.tree.map(lambda value: jnp.asarray(value, time_dtype(y0.dtype)), row)
         x = (y0 / clock.scale(t[0])).astype(y0.dtype)
         x1, output = self.advance(at, row, t, x, state)

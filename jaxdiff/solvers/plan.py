@@ -75,20 +75,9 @@ def plan_solve(
     Raises:
         ValueError: naming the first argument that is wrong.
     """
-    if not isinstance(denoiser, AbstractDenoiser):
-        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    if isinstance(solver, type) or not isinstance(solver, dfx.AbstractSolver):
-        raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
+    _check_kinds(where, denoiser, solver, options)
     process = denoiser.process
     ts = grids.check(process, ts, where=where, dtype=time_dtype(dtype))
-    _check.whole(where, "max_steps", options.max_steps, 1)
-    for name, kind in (
-        ("controller", dfx.AbstractStepSizeController),
-        ("adjoint", dfx.AbstractAdjoint),
-    ):
-        value = getattr(options, name)
-        if value is not None and not isinstance(value, kind):
-            raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
     denoise, last = options.denoise, (1.0, ts[-1])
     with jax.ensure_compile_time_eval():  # known under jit too where no parameter enters
         ends = process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
@@ -104,12 +93,12 @@ def plan_solve(
         clock: ClockName = "u" if stochastic and own_noise else "t"
     else:
         engine, stochastic, clock = _their_engine(where, solver, options)
-        if stochastic and options.controller is not None and not own_noise:
-            expected = "given under a controller, a diffrax.VirtualBrownianTree in clock 'u'"
-            raise _check.bad(where, "noise", expected, None)
     if own_noise and not stochastic:
         expected = f"left out, since {type(solver).__name__} solves the ODE"
         raise _check.bad(where, "noise", expected, "a path")
+    if stochastic and not own_noise and options.controller is not None:
+        expected = "given under a controller, a diffrax.VirtualBrownianTree in clock 'u'"
+        raise _check.bad(where, "noise", expected, None)
     nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
     if is_concrete(nodes, scales) and not (np.all(np.isfinite(nodes)) and np.all(scales > 0)):
         expected = f"a time that {type(solver).__name__} can start at"
@@ -130,6 +119,19 @@ def plan_solve(
         trajectory=options.trajectory,
         max_steps=options.max_steps,
     )
+
+
+def _check_kinds(where: str, denoiser: Any, solver: Any, options: Options) -> None:
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    if not isinstance(solver, dfx.AbstractSolver):
+        raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
+    _check.whole(where, "max_steps", options.max_steps, 1)
+    kinds = {"controller": dfx.AbstractStepSizeController, "adjoint": dfx.AbstractAdjoint}
+    for name, kind in kinds.items():
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, kind):
+            raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
 
 
 def _cast(value: Any, dtype: Any) -> Any:
