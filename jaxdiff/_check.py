@@ -35,7 +35,9 @@ def number(where: str, argument: str, value: Any, low: float | int, high: float 
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise bad(where, argument, f"a number in [{low:g}, {high:g}]", repr(value))
+        limit = f"in [{low:g}, {high:g}]" if high < 1e300 else f"of at least {low:g}"
+        finite = "finite " if high < np.inf else ""
+        raise bad(where, argument, f"a {finite}number {limit}", repr(value))
 
 
 def start(value: Any) -> Any:
