@@ -1,6 +1,8 @@
 """A functional sampling toolkit for score-based models in JAX."""
 
-from jaxdiff import exact, fisher, grids, metrics, process, score, solvers, transport
+from jaxdiff import adjoint, exact, fisher, grids, metrics, process, score, solvers, transport
+from jaxdiff.adjoint import optimise_noise
+from jaxdiff.likelihood import LogProb, bits_per_dim, dequantise, log_prob
 from jaxdiff.sampling import Samples, check, draw, sample
 from jaxdiff.score import Denoiser
 
@@ -8,13 +10,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Denoiser",
+    "LogProb",
     "Samples",
+    "adjoint",
+    "bits_per_dim",
     "check",
+    "dequantise",
     "draw",
     "exact",
     "fisher",
     "grids",
+    "log_prob",
     "metrics",
+    "optimise_noise",
     "process",
     "sample",
     "score",

@@ -7,13 +7,13 @@ network, no training, exact scores and densities at every noise level.
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxdiff import _check, streaming
 from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete, time_dtype
@@ -21,29 +21,63 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
 
+class Posterior(NamedTuple):
+    r"""What is known of $x_0$ given $x_t = x$.
+
+    Attributes:
+        log_density: $\log q_t(x)$ in nats, ().
+        mean: $m = E[x_0 | x_t]$, (*dims,).
+        eps: $\hat\epsilon = E[\epsilon | x_t]$, (*dims,).
+        residual: $r = \mathrm{tr}\,Cov[\epsilon | x_t] = d - \sigma^2\,\mathrm{tr}\,F$, ().
+        products: $C v = Cov[x_0 | x_t]\,v$ of every direction asked for, (k, *dims).
+    """
+
+    log_density: Scalar
+    mean: Float[Array, "*dims"]
+    eps: Float[Array, "*dims"]
+    residual: Scalar
+    products: Float[Array, "k *dims"]
+
+
 class AbstractExact(AbstractDenoiser):
-    """A denoiser whose diffused density is known as well."""
+    """A denoiser whose diffused density is known as well, and its second derivatives."""
 
     @abc.abstractmethod
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
         r"""Return $\log q_t(x)$ in nats; its gradient is `score`."""
 
     @abc.abstractmethod
+    def posterior(
+        self,
+        t: ScalarLike,
+        x: Float[ArrayLike, "*dims"],
+        vs: Float[ArrayLike, "k *dims"] | None = None,
+    ) -> Posterior:
+        r"""Return density, mean, residual trace and covariance products together.
+
+        $$ r = E|\epsilon - \hat\epsilon|^2, \qquad C v = E[(x_0 - m)\,(x_0 - m)\cdot v] $$
+
+        By sums of centred outer products: no derivative, and nothing is got by subtraction.
+
+        Args:
+            t: time with sigma > 0, ().
+            x: noisy sample, (*dims,).
+            vs: directions, (k, *dims); none by default.
+        """
+
+    @abc.abstractmethod
     def noise_covariance(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"]
     ) -> Callable[[Array], Array]:
-        r"""Return $v \mapsto R v$ with $R = Cov[\epsilon | x_t = x]$, a pytree callable.
-
-        By sums of centred outer products: no derivative, and nothing is got by subtraction.
-        """
+        r"""Return $v \mapsto R v$ with $R = Cov[\epsilon | x_t = x]$, a pytree callable."""
 
 
-class _MixtureNoise(eqx.Module):
-    """$R v$ of a mixture: covariances within the components, and between their means."""
+class _MixtureCovariance(eqx.Module):
+    r"""$v \mapsto$ covariance times $v$: within the components, and between their means."""
 
     weights: Array  # (K,)
-    within: Array  # (K, d), the diagonals of Cov[eps | x, k] in the eigenbasis of C_k
-    between: Array  # (K, d), E[eps | x, k] less their mean
+    within: Array  # (K, d), the diagonals of the covariances in the eigenbasis of C_k
+    between: Array  # (K, d), the means of the components less that of all
     basis: Array | None
 
     def __call__(self, v: Array) -> Array:
@@ -60,31 +94,21 @@ class _MixtureNoise(eqx.Module):
         across = jnp.matmul(self.weights * along, self.between, precision="highest")
         return (inside + across).reshape(v.shape).astype(v.dtype)
 
+    def trace(self) -> Scalar:
+        """Return the trace: nothing to multiply."""
+        return jnp.sum(self.weights[:, None] * (self.within + self.between**2))
+
 
 class _EmpiricalNoise(eqx.Module):
-    """$R v$ of a data set, by one more streamed pass."""
+    """$R v$ of a data set, by a streamed pass."""
 
-    alpha: Array
-    sigma: Array
-    x: Array  # (d,)
-    atoms: Array
-    log_weights: Array
-    log_total: Array  # of the unnormalised weights
-    eps: Array  # (d,)
+    denoiser: "Empirical"
+    t: Any
+    x: Array
 
     def __call__(self, v: Array) -> Array:
-        flat = v.reshape(-1).astype(self.x.dtype)
-
-        def add(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
-            chunk, log_p = (a.astype(self.x.dtype) for a in piece)
-            noise = (self.x[None] - self.alpha * chunk) / self.sigma
-            w = jnp.exp(log_p - 0.5 * jnp.sum(noise**2, axis=-1) - self.log_total)
-            centred = noise - self.eps[None]
-            along = jnp.matmul(centred, flat, precision="highest")
-            return total + jnp.matmul(w * along, centred, precision="highest"), None
-
-        total = jax.lax.scan(add, jnp.zeros_like(flat), (self.atoms, self.log_weights))[0]
-        return total.reshape(v.shape).astype(v.dtype)
+        total, *_ = self.denoiser.summarise(self.t, self.x, v[None])
+        return (total.ratio * total.products[0]).reshape(v.shape).astype(v.dtype)
 
 
 class Mixture(AbstractExact):
@@ -151,6 +175,20 @@ class Mixture(AbstractExact):
         score = -self._rotate_back(jax.nn.softmax(logits), precise)
         return score.reshape(x.shape).astype(dtype)
 
+    def _covariance(self, t: ScalarLike, x: Any, of_noise: bool) -> _MixtureCovariance:
+        _, alpha, sigma, mu, precise, c, logits = self._parts(t, x)
+        w, basis = jax.nn.softmax(logits), self.basis
+        variances = (alpha**2 if of_noise else sigma**2) * c / (alpha**2 * c + sigma**2)
+        means = sigma * precise if of_noise else alpha * c * precise
+        if basis is not None:
+            basis = basis.astype(mu.dtype)
+            means = jnp.einsum("kij,kj->ki", basis, means, precision="highest")
+            basis = jnp.broadcast_to(basis, (len(mu), *basis.shape[1:]))
+        means = means if of_noise else mu + means
+        mean = jnp.matmul(w, means, precision="highest")
+        within = jnp.broadcast_to(variances, mu.shape)
+        return _MixtureCovariance(w, within, means - mean[None], basis)
+
     def noise_covariance(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"]
     ) -> Callable[[Array], Array]:
@@ -159,16 +197,23 @@ class Mixture(AbstractExact):
         With $\delta_k = \sigma S_k^{-1} z_k - \hat\epsilon$, the mean noise of a component less
         that of all. Cost of a product: O(K d), or O(K d^2) with full covariances.
         """
-        _, alpha, sigma, mu, precise, c, logits = self._parts(t, x)
-        w = jax.nn.softmax(logits)
-        means, basis = sigma * precise, self.basis
-        if basis is not None:
-            basis = basis.astype(mu.dtype)
-            means = jnp.einsum("kij,kj->ki", basis, means, precision="highest")
-            basis = jnp.broadcast_to(basis, (len(mu), *basis.shape[1:]))
-        within = jnp.broadcast_to(alpha**2 * c / (alpha**2 * c + sigma**2), mu.shape)
-        mean = jnp.matmul(w, means, precision="highest")
-        return _MixtureNoise(w, within, means - mean[None], basis)
+        return self._covariance(t, x, of_noise=True)
+
+    def posterior(
+        self,
+        t: ScalarLike,
+        x: Float[ArrayLike, "*dims"],
+        vs: Float[ArrayLike, "k *dims"] | None = None,
+    ) -> Posterior:
+        r"""Return everything by sums over the components: see `AbstractExact.posterior`.
+
+        $$ C = \sum_k w_k\left[\sigma^2 C_k S_k^{-1} + (m_k - m)(m_k - m)^\top\right] $$
+        """
+        x = floating(x)
+        vs = _directions("mixture", vs, x)
+        products = jax.vmap(self._covariance(t, x, of_noise=False))(vs)
+        residual = self._covariance(t, x, of_noise=True).trace()
+        return Posterior(self.log_density(t, x), *self.pair(t, x), residual, products)
 
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
         r"""Return $\log q_t(x)$ in nats."""
@@ -182,55 +227,87 @@ class Empirical(AbstractExact):
     $$ q_0 = \sum_i p_i\,\delta_{y_i}, \qquad m = \sum_i w_i y_i, \qquad
        w_i \propto p_i\,e^{-|x - \alpha y_i|^2 / 2\sigma^2} $$
 
-    Cost: one streamed pass over the data, O(N d); memory O(chunk d).
+    Cost: one streamed pass over the data, O(N d), whatever is asked for; memory O(chunk d). Under
+    `jax.vmap` over `x` a pass is made of matrix products; see `jaxdiff.streaming`.
 
     Attributes:
         process: the Gaussian path.
-        atoms: the data in equal chunks, (chunks, chunk, d).
+        atoms: the data less `centre`, in equal chunks, (chunks, chunk, d); bfloat16 as its bits,
+            see `streaming.widen`.
         log_weights: $\log p_i$, (chunks, chunk), `-inf` on padding.
+        centre: what was subtracted from the data, so that less is rounded off, (d,).
         shape: shape of one sample.
     """
 
     process: AbstractProcess
-    atoms: Float[Array, "chunks chunk d"]
+    atoms: Real[Array, "chunks chunk d"]
     log_weights: Float[Array, "chunks chunk"]
+    centre: Float[Array, " d"]
     shape: tuple[int, ...] = eqx.field(static=True)
 
-    def _posterior(self, t: ScalarLike, x: Any) -> tuple[Array, Array, streaming.Moments]:
+    def summarise(
+        self,
+        t: ScalarLike,
+        x: Float[ArrayLike, "*dims"],
+        vs: Float[ArrayLike, "k *dims"] | None = None,
+    ) -> tuple[streaming.Moments, Float[Array, " d"], Float[Array, " d"]]:
+        r"""Return the moments of the centred data, with $m$ and $\hat\epsilon$, flat."""
         x, t = _sample("empirical", t, x, self.shape)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        flat = x.reshape(-1)
-        return x, sigma, streaming.posterior(alpha, sigma, flat, self.atoms, self.log_weights)
+        directions = _directions("empirical", vs, x).reshape(-1, x.size).astype(x.dtype)
+        centre = self.centre.astype(x.dtype)
+        flat = x.reshape(-1) - alpha * centre
+        total = streaming.posterior(alpha, sigma, flat, directions, self.atoms, self.log_weights)
+        return total, total.mean + centre, (flat - alpha * total.mean) / sigma
 
     def pair(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$ from one pass over the data."""
-        dtype = floating(x).dtype
-        x, _, total = self._posterior(t, x)
-        m, eps = total.mean
-        return m.reshape(x.shape).astype(dtype), eps.reshape(x.shape).astype(dtype)
+        x = floating(x)
+        _, m, eps = self.summarise(t, x)
+        return m.reshape(x.shape).astype(x.dtype), eps.reshape(x.shape).astype(x.dtype)
 
     def noise_covariance(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"]
     ) -> Callable[[Array], Array]:
         r"""Return $v \mapsto \sum_i w_i\,\delta_i(\delta_i\cdot v)$.
 
-        With $\delta_i = (x - \alpha y_i)/\sigma - \hat\epsilon$. Cost: one streamed pass over the
-        data now, and one for each product.
+        With $\delta_i = (x - \alpha y_i)/\sigma - \hat\epsilon$. Cost of a product: one pass.
         """
-        x, sigma, total = self._posterior(t, x)
-        alpha = self.process.alpha(jnp.asarray(t, x.dtype))
-        log_total = total.top + jnp.log(total.mass)
-        return _EmpiricalNoise(
-            alpha, sigma, x.reshape(-1), self.atoms, self.log_weights, log_total, total.mean[1]
-        )
+        return _EmpiricalNoise(self, t, floating(x))
+
+    def posterior(
+        self,
+        t: ScalarLike,
+        x: Float[ArrayLike, "*dims"],
+        vs: Float[ArrayLike, "k *dims"] | None = None,
+    ) -> Posterior:
+        """Return everything from one pass over the data: see `AbstractExact.posterior`."""
+        x = floating(x)
+        total, *pair = self.summarise(t, x, vs)
+        m, eps = (a.reshape(x.shape).astype(x.dtype) for a in pair)
+        products = total.products.reshape(-1, *x.shape).astype(x.dtype)
+        log_density = self._log_density(total, self._sigma(t, x))
+        return Posterior(log_density, m, eps, total.residual, products)
 
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
         r"""Return $\log q_t(x)$ in nats, for sigma > 0."""
-        x, sigma, total = self._posterior(t, x)
-        normaliser = x.size * (jnp.log(sigma) + 0.5 * math.log(2 * math.pi))
-        return total.top + jnp.log(total.mass) - normaliser
+        return self._log_density(self.summarise(t, x)[0], self._sigma(t, floating(x)))
+
+    def _sigma(self, t: ScalarLike, x: Array) -> Scalar:
+        return self.process.sigma(jnp.asarray(t, time_dtype(x.dtype)))
+
+    def _log_density(self, total: streaming.Moments, sigma: Scalar) -> Scalar:
+        return total.log_mass - total.mean.size * (jnp.log(sigma) + 0.5 * math.log(2 * math.pi))
+
+
+def _directions(where: str, vs: Any, x: Array) -> Array:
+    """Return the directions of covariance products, (k, *dims), or raise if they do not fit x."""
+    vs = jnp.zeros((0, *x.shape), x.dtype) if vs is None else floating(vs)
+    if vs.shape[1:] != x.shape:
+        raise _check.bad(where, "vs", f"of shape (k, *{x.shape})", f"shape {vs.shape}")
+    return vs
 
 
 def _sample(where: str, t: Any, x: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -278,6 +355,8 @@ def _spectrum(
         if is_concrete(covs) and not np.allclose(covs, jnp.swapaxes(covs, 1, 2), rtol=1e-5):
             raise _check.bad(where, argument, "symmetric", "a matrix that is not")
         values, basis = jnp.linalg.eigh(covs)
+        tiny = 10 * d * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+        values = jnp.where(jnp.abs(values) <= tiny, 0, values)  # the round-off of a zero
     else:
         expected = (
             f"of shape (), ({k},) isotropic, ({k}, {', '.join(map(str, dims))}) diagonal or "
@@ -377,9 +456,21 @@ def empirical(
     n, chunk = data.shape[0], min(chunk, data.shape[0])
     log_p = _log_weights("empirical", jnp.ones(n) if weights is None else weights, n)
     pad = -n % chunk
-    atoms = jnp.pad(data.reshape(n, -1), ((0, pad), (0, 0)))
-    log_p = jnp.pad(log_p.astype(data.dtype), (0, pad), constant_values=-jnp.inf)
-    shape = data.shape[1:]
+    atoms = data.reshape(n, -1)
+    centre = jnp.mean(atoms.astype(time_dtype(data.dtype)), axis=0)
+    spread = jnp.mean(jnp.sum((atoms - centre[None]) ** 2, axis=-1))
+    # Centring rounds the data, by less than the round-off that it saves only if they lie far off;
+    # in 16 bits it would change them.
+    far = (jnp.sum(centre**2) > spread) & (jnp.finfo(data.dtype).bits >= 32)
+    centre = jnp.where(far, centre, 0)
+    atoms = jnp.pad(atoms - centre[None].astype(data.dtype), ((0, pad), (0, 0)))
+    if atoms.dtype == jnp.bfloat16:
+        atoms = jax.lax.bitcast_convert_type(atoms, jnp.uint16)
+    log_p = jnp.pad(log_p.astype(centre.dtype), (0, pad), constant_values=-jnp.inf)
     return Empirical(
-        process, atoms.reshape(-1, chunk, atoms.shape[1]), log_p.reshape(-1, chunk), shape
+        process,
+        atoms.reshape(-1, chunk, atoms.shape[1]),
+        log_p.reshape(-1, chunk),
+        centre,
+        data.shape[1:],
     )

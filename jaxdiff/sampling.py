@@ -400,15 +400,16 @@ def check(samples: PyTree) -> Any:
     """Return `samples`, or raise on the host if any of them failed.
 
     Args:
-        samples: a result of `draw` or `sample`.
+        samples: a result of `draw`, `sample` or `log_prob`, or any other with a field `result`.
 
     Raises:
         RuntimeError: naming how many samples failed, which, and why.
         ValueError: if `samples` is no result, or is being traced.
     """
-    if not isinstance(samples, Samples) or not is_concrete(samples):
-        got = "a traced one; call it outside jit" if isinstance(samples, Samples) else samples
-        raise _check.bad("check", "samples", "a result of draw or sample", got)
+    known = isinstance(getattr(samples, "result", None), dfx.RESULTS)
+    if not known or not is_concrete(samples):
+        got = "a traced one; call it outside jit" if known else samples
+        raise _check.bad("check", "samples", "a result of draw, sample or log_prob", got)
     codes = np.ravel(jax.tree.leaves(samples.result)[0])
     failed = np.ravel(samples.result != dfx.RESULTS.successful)
     if not failed.any():

@@ -19,6 +19,7 @@ $\hat\epsilon$ where sigma = 0.
 """
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,6 +117,37 @@ class AbstractDenoiser(eqx.Module):
         return (a * m + b * eps).astype(m.dtype)
 
 
+def _time(t: ScalarLike, x: Array) -> Array:
+    """Return the time that a network gets with `x`."""
+    if jnp.ndim(t) != 0:
+        raise _check.bad("Denoiser", "t", "one time, (); use jax.vmap for more", jnp.shape(t))
+    return jnp.asarray(t, time_dtype(x.dtype))
+
+
+def _output(x: Array, out: Any) -> Array:
+    """Return the prediction of a network at `x` as an array, or raise if it is of another shape."""
+    if out is None:
+        raise _check.bad("Denoiser", "the output of net", "an array", "None")
+    out = jnp.asarray(out)
+    if out.shape != x.shape:
+        raise _check.bad(
+            "Denoiser", "the output of net", f"of the shape of x, {x.shape}", out.shape
+        )
+    return out.astype(x.dtype)
+
+
+def _both(net: Any) -> Any:
+    """Return the method of a network that gives its prediction and its features."""
+    method = getattr(net, "features", None)
+    if not callable(method):
+        expected = (
+            "a network with a method features(t, x, cond) -> (prediction, features); from_linen "
+            "and from_nnx provide it for a module that takes features=True, as train.UNet does"
+        )
+        raise _check.bad("features", "net", expected, type(net).__name__)
+    return method
+
+
 class Denoiser(AbstractDenoiser):
     r"""A process and a network, whatever the network predicts.
 
@@ -154,24 +186,33 @@ class Denoiser(AbstractDenoiser):
     ) -> Float[Array, "*dims"]:
         """Return what the network says, of the kind `predicts`."""
         x = floating(x)
-        if jnp.ndim(t) != 0:
-            raise _check.bad("Denoiser", "t", "one time, (); use jax.vmap for more", jnp.shape(t))
-        out = self.net(jnp.asarray(t, time_dtype(x.dtype)), x, cond)
-        if out is None:
-            raise _check.bad("Denoiser", "the output of net", "an array", "None")
-        out = jnp.asarray(out)
-        if out.shape != x.shape:
-            raise _check.bad(
-                "Denoiser", "the output of net", f"of the shape of x, {x.shape}", out.shape
-            )
-        return out.astype(x.dtype)
+        return _output(x, self.net(_time(t, x), x, cond))
 
     def pair(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
         r"""Return $(m, \hat\epsilon)$ by the 2x2 system of the module's head."""
         x = floating(x)
-        out = self.raw(t, x, cond)
+        return self._solve(t, x, self.raw(t, x, cond))
+
+    def features(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"], Any]:
+        r"""Return $(m, \hat\epsilon)$ and the network's last hidden features, from one evaluation.
+
+        They cost nothing, and a small network on them predicts other functions of $(t, x)$, such
+        as the trace of `jaxdiff.fisher.TraceHead`.
+
+        Raises:
+            ValueError: if the network has no method `features(t, x, cond)`, which returns
+                `(prediction, features)`. `from_linen` and `from_nnx` provide it for modules that
+                take `features=True`, as `train.MLP` and `train.UNet` do.
+        """
+        x = floating(x)
+        out, hidden = _both(self.net)(_time(t, x), x, cond)
+        return (*self._solve(t, x, _output(x, out)), hidden)
+
+    def _solve(self, t: ScalarLike, x: Array, out: Array) -> tuple[Array, Array]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.predicts == "score":
             out = out * sigma
@@ -198,9 +239,15 @@ class _Precondition(eqx.Module):
     sigma_data: ScalarLike
 
     def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
+        return self._around(lambda *args: (self.net(*args), None), t, x, cond)[0]
+
+    def features(self, t: Any, x: Array, cond: Cond = None) -> tuple[Array, Any]:
+        return self._around(_both(self.net), t, x, cond)
+
+    def _around(self, net: Any, t: Any, x: Array, cond: Cond) -> tuple[Array, Any]:
         skip, out, scale, noise = edm_coefficients(self.process, t, self.sigma_data)
-        inner = self.net(noise.astype(time_dtype(x.dtype)), (scale * x).astype(x.dtype), cond)
-        return (skip * x + out * inner).astype(x.dtype)
+        inner, hidden = net(noise.astype(time_dtype(x.dtype)), (scale * x).astype(x.dtype), cond)
+        return (skip * x + out * inner).astype(x.dtype), hidden
 
 
 def edm_coefficients(
@@ -257,9 +304,21 @@ class _Batched(eqx.Module):
     dtype: Any = eqx.field(static=True)
 
     def __call__(self, t: Any, x: Array, cond: Cond = None) -> Array:
+        return self._single(self.net, t, x, cond)
+
+    def features(self, t: Any, x: Array, cond: Cond = None) -> tuple[Array, Any]:
+        return self._single(_both(self.net), t, x, cond)
+
+    def _single(self, net: Callable[..., Any], t: Any, x: Array, cond: Cond) -> Any:
         inner = x if self.dtype is None else x.astype(self.dtype)
         batched = [jax.tree.map(lambda a: jnp.asarray(a)[None], a) for a in (t, inner, cond)]
-        return self.net(*batched)[0].astype(x.dtype)
+        return jax.tree.map(lambda a: a[0].astype(x.dtype), net(*batched))
+
+
+def _takes_features(call: Callable[..., Any]) -> None:
+    if "features" not in inspect.signature(call).parameters:
+        expected = "a module that takes features=True and then returns (prediction, features)"
+        raise _check.bad("features", "module", expected, call.__qualname__)
 
 
 class _Linen(eqx.Module):
@@ -267,19 +326,30 @@ class _Linen(eqx.Module):
     variables: PyTree
     kwargs: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
-    def __call__(self, t: Any, x: Array, cond: Cond) -> Array:
+    def __call__(self, t: Any, x: Array, cond: Cond, **more: Any) -> Any:
         args = (t, x) if cond is None else (t, x, cond)
-        return self.module.apply(self.variables, *args, **dict(self.kwargs))
+        return self.module.apply(self.variables, *args, **dict(self.kwargs), **more)
+
+    def features(self, t: Any, x: Array, cond: Cond) -> tuple[Array, Any]:
+        _takes_features(type(self.module).__call__)
+        return self(t, x, cond, features=True)
 
 
 class _Nnx(eqx.Module):
     graph: Any = eqx.field(static=True)
     state: PyTree
 
-    def __call__(self, t: Any, x: Array, cond: Cond) -> Array:
+    def __call__(self, t: Any, x: Array, cond: Cond, **more: Any) -> Any:
+        return self._model()(*((t, x) if cond is None else (t, x, cond)), **more)
+
+    def features(self, t: Any, x: Array, cond: Cond) -> tuple[Array, Any]:
+        _takes_features(self._model().__call__)
+        return self(t, x, cond, features=True)
+
+    def _model(self) -> Any:
         from flax import nnx
 
-        return nnx.merge(self.graph, self.state)(*((t, x) if cond is None else (t, x, cond)))
+        return nnx.merge(self.graph, self.state)
 
 
 def from_batched(net: Callable[..., Any], *, dtype: Any = None) -> NetFn:

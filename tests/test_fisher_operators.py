@@ -6,10 +6,12 @@ import lineax as lx
 import numpy as np
 import pytest
 from helpers import PROCESSES
+from oracles import GaussianMixture
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff.fisher import fisher, posterior_cov, solve, trace
+from jaxdiff.fisher.operators import diagonal, fisher, posterior_cov, solve
+from jaxdiff.fisher.trace import trace
 
 D = 6
 RNG = np.random.default_rng(0)
@@ -48,13 +50,7 @@ def test_every_method_is_the_hessian(kind, lam):
     t, x = state(path, lam)
     hessian = -jax.hessian(lambda x: denoiser.log_density(t, x))(x)
     for method, tolerance in (("exact", 1e-10), ("jvp", 1e-10), ("fd", 1e-5)):
-        matrix = jax.jit(
-            lambda x, method=method: (
-                fisher(denoiser, t, x, method=method).as_matrix()
-                if method != "fd"
-                else jax.vmap(fisher(denoiser, t, x, method=method).mv)(jnp.eye(D)).T
-            )
-        )(x)
+        matrix = jax.jit(lambda x, m=method: fisher(denoiser, t, x, method=m).as_matrix())(x)
         # of F, or of its isotropic part where the posterior covariance cancels almost all of it
         scale = max(np.linalg.norm(hessian), float(1 / path.sigma(t) ** 2))
         assert np.linalg.norm(matrix - hessian) < tolerance * scale, method
@@ -186,12 +182,140 @@ def test_errors(as_users_see_it):
     network = jd.Denoiser(path, lambda t, x, cond: x, "eps")
     x = jnp.ones(D)
     for call, said in [
-        (lambda: fisher(network, 0.5, x, method="exact"), "fisher: method must be 'jvp' or 'fd'"),
+        (lambda: fisher(network, 0.5, x, method="exact"), "fisher: method must be 'jvp', 'fd' or"),
         (lambda: fisher(network, 0.5, x, method="hessian"), "method must be one of 'jvp', 'fd'"),
         (lambda: fisher(network, 0.5, x, method="fd", symmetrise=True), "symmetrise must be False"),
         (lambda: trace(fisher(network, 0.5, x), probes=4), "trace: key must be a key"),
         (lambda: trace(fisher(network, 0.5, x), jax.random.key(0), probes=1), "probes must be"),
         (lambda: posterior_cov(lambda t, x: x, 0.5, x), "posterior_cov: denoiser must be"),
+        (
+            lambda: posterior_cov(network, 0.5, x, method="neighbours", rank=2),
+            "not built from data",
+        ),
+        (lambda: fisher(network, 0.5, x, method="lanczos"), r"rank \(with method='lanczos'\) must"),
+        (lambda: fisher(network, 0.5, x, rank=3), "fisher: rank must be None for method='jvp'"),
+        (lambda: diagonal(fisher(network, 0.5, x), probes=4), "diagonal: key must be a key"),
+        (lambda: diagonal(fisher(network, 0.5, x), jax.random.key(0), probes=1), "probes must be"),
     ]:
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def test_the_trace_identities_of_the_oracle():
+    """Section 8.2: (2), (3), (5), (6) and tr F of an independent mixture, to 1e-10."""
+    path = PROCESSES["VP"]
+    oracle = GaussianMixture.random(3, 4, D)
+    denoiser = exact.mixture(path, oracle.weights, oracle.means, oracle.covs)
+    for lam in (-1.0, 1.0, 3.0):
+        t, x = state(path, lam)
+        alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+        truth = oracle.fisher(x, alpha, sigma)
+        cov = oracle.posterior_cov(x, alpha, sigma)
+        operator = fisher(denoiser, t, x, method="exact")
+        assert relative(operator.as_matrix(), truth) < 1e-10
+        by_jvp = fisher(denoiser, t, x, method="jvp")
+        scale = D / sigma**2
+        for value in (trace(operator)[0], trace(by_jvp)[0], jnp.sum(diagonal(operator)[0])):
+            assert abs(value - np.trace(truth)) < 1e-10 * scale
+        r = (alpha / sigma) ** 2 * np.trace(cov)
+        assert abs((D - r) / sigma**2 - np.trace(truth)) < 1e-10 * scale
+        assert relative(posterior_cov(denoiser, t, x).as_matrix(), cov) < 1e-10
+
+
+def test_symmetrised_covariance_of_a_network():
+    path = PROCESSES["VP"]
+    w = RNG.normal(size=(D, D))
+    network = jd.Denoiser(path, lambda t, x, cond: jnp.tanh(w @ x), "eps")
+    t, x = state(path, 0.0)
+    jacobian = jax.jacobian(lambda x: network(t, x))(x) * path.sigma(t) ** 2 / path.alpha(t)
+    operator = posterior_cov(network, t, x, symmetrise=True)
+    np.testing.assert_allclose(
+        operator.as_matrix(), (jacobian + jacobian.T) / 2, rtol=1e-10, atol=1e-12
+    )
+    assert lx.is_symmetric(operator) and not lx.is_positive_semidefinite(operator)
+
+
+@pytest.mark.parametrize("method", ["exact", "jvp"])
+def test_diagonal_exact_and_by_probes(method):
+    path = PROCESSES["VP"]
+    denoiser = exact.empirical(path, ATOMS.reshape(50, 2, 3))
+    t, x = state(path, -0.5)
+    operator = fisher(denoiser, t, x.reshape(2, 3), method=method)
+    want = np.diag(operator.as_matrix()).reshape(2, 3)
+    value, error = diagonal(operator)
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    assert not np.any(error)
+    key = jax.random.key(1)
+    value, error = jax.jit(lambda key: diagonal(operator, key, probes=400))(key)
+    assert value.shape == (2, 3) and np.all(np.abs(value - want) < 4 * error)
+    off = operator.as_matrix() - np.diag(np.diag(operator.as_matrix()))
+    predicted = np.sqrt(np.sum(off**2, axis=1) / 400).reshape(2, 3)
+    np.testing.assert_allclose(error, predicted, rtol=0.2)
+
+
+def test_conjugate_gradients_in_48_dimensions():
+    """Section 9.9: a shifted Fisher, solved to 1e-11 of the dense solution in about 11 steps."""
+    path, d = PROCESSES["VP"], 48
+    rng = np.random.default_rng(1)
+    atoms = rng.normal(size=(24, d))
+    denoiser = exact.empirical(path, atoms, chunk=8)
+    t = path.t_of_lam(-1.0)
+    x = path.alpha(t) * atoms[0] + path.sigma(t) * rng.normal(size=d)
+    operator, v = fisher(denoiser, t, x, method="exact"), rng.normal(size=d)
+    dense = operator.as_matrix()
+    delta = 0.5 - min(0.0, np.linalg.eigvalsh(dense)[0])
+    shifted = lx.FunctionLinearOperator(
+        lambda v: operator.mv(v) + delta * v,
+        operator.in_structure(),
+        lx.positive_semidefinite_tag,
+    )
+    want = np.linalg.solve(dense + delta * np.eye(d), v)
+    out = lx.linear_solve(shifted, jnp.asarray(v), lx.CG(rtol=1e-10, atol=1e-10))
+    assert relative(out.value, want) < 1e-11 and out.stats["num_steps"] <= 14
+    assert relative(solve(shifted, v, rtol=1e-10, atol=1e-10), want) < 1e-11
+    assert relative(solve(operator, v, shift=delta, rtol=1e-10, atol=1e-10), want) < 1e-8  # GMRES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["exact", "jvp"])
+def test_derivatives_with_respect_to_the_state(method):
+    path = PROCESSES["VP"]
+    denoiser = denoisers(path)["full"]
+    t, x = state(path, 0.3)
+    v = jnp.arange(1.0, D + 1) / D
+    operators = {
+        "product": lambda x: jnp.sum(fisher(denoiser, t, x, method=method).mv(v) ** 2),
+        "diagonal": lambda x: jnp.sum(diagonal(fisher(denoiser, t, x, method=method))[0] ** 2),
+        "cg or gmres": lambda x: jnp.sum(
+            solve(posterior_cov(denoiser, t, x, method=method), v, shift=1.0, rtol=1e-11)
+        ),
+        "gmres": lambda x: jnp.sum(
+            solve(fisher(denoiser, t, x, method=method), v, shift=9.0, rtol=1e-11)
+        ),
+    }
+    h = 1e-5
+    for name, fn in operators.items():
+        want = (fn(x + h * v) - fn(x - h * v)) / (2 * h)
+        got = jax.jit(jax.grad(fn))(x) @ v
+        np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+        both = jax.vmap(fn)(jnp.stack([x, x + v]))
+        np.testing.assert_allclose(both, [fn(x), fn(x + v)], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["exact", "jvp"])
+def test_a_failed_solve_has_nan_derivatives_and_does_not_raise(method):
+    path = PROCESSES["VP"]
+    t, x = state(path, 0.3)
+    cov = posterior_cov(denoisers(path)["full"], t, x, method=method)
+    slope = jax.jit(jax.grad(lambda v: jnp.sum(solve(cov, v, max_steps=1, rtol=1e-12))))
+    assert np.all(np.isnan(slope(jnp.arange(1.0, D + 1))))
+
+
+def test_a_difference_solves_and_has_forward_derivatives():
+    path = PROCESSES["VP"]
+    t, x = state(path, 0.3)
+    v = jnp.arange(1.0, D + 1) / D
+    full = denoisers(path)["full"]
+    operator = lambda x, method: fisher(full, t, x, method=method)  # noqa: E731
+    want = solve(operator(x, "exact"), v, shift=5.0, rtol=1e-10)
+    np.testing.assert_allclose(solve(operator(x, "fd"), v, shift=5.0), want, rtol=1e-4)

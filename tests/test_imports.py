@@ -20,8 +20,8 @@ LAYERS = [
     ("streaming",),
     ("exact",),
     ("fisher", "solvers", "flow", "guidance"),
-    ("sampling",),
-    ("shard", "particles", "inverse"),
+    ("sampling", "likelihood"),
+    ("adjoint", "shard", "particles", "inverse"),
 ]
 ANYTHING = {"__init__", "cli", "demo", "_demo"}
 PROGRAMS = {"cli", "demo", "_demo"}  # import anything, imported by nothing but each other
@@ -38,8 +38,8 @@ ALLOWED |= {
 FREE = {"jax", "jaxlib", "numpy", "equinox", "jaxtyping"}
 EVERYWHERE = {"*"}
 TOP = {
-    "diffrax": {"solvers", "sampling"},
-    "lineax": {"fisher", "inverse", "guidance"},
+    "diffrax": {"solvers", "sampling", "likelihood", "adjoint", "fisher.transport"} | PROGRAMS,
+    "lineax": {"fisher", "adjoint", "inverse", "guidance"},
     "optax": {"train"},
     "orbax": {"train"},
     "flax": {"train.nets", "pretrained"},

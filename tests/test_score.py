@@ -460,6 +460,83 @@ def test_new_nnx_parameters_do_not_retrace():
     assert retrace(lambda seed: score.from_nnx(models[seed])) == 1
 
 
+# --- Features. -----------------------------------------------------------------------------------
+
+
+def featured_linen():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, t, x, cond=None, train=True, features=False):
+            h = jnp.sin(linen.Dense(5)(x) * t[:, None])
+            h = h if cond is None else h + cond[:, None]
+            out = linen.Dense(3)(h) * (100 if train else 1)
+            return (out, {"last": h}) if features else out
+
+    module = Net()
+    return module, module.init(jax.random.key(0), jnp.ones(1), jnp.ones((1, 3)))
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_features_come_with_the_pair(predicts, kind):
+    path, t, x, cond = VP(), 0.4, jnp.asarray(X[0]), 2.0
+    if kind == "linen":
+        module, variables = featured_linen()
+        net = score.from_linen(module, variables, train=False)
+        direct = lambda t, x, c: module.apply(  # noqa: E731
+            variables, t[None], x[None], c[None], train=False, features=True
+        )
+    else:
+        from flax import nnx
+
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.dense = nnx.Linear(3, 3, rngs=rngs)
+
+            def __call__(self, t, x, cond=None, features=False):
+                h = jnp.sin(x + t[:, None])
+                out = self.dense(h) + cond[:, None]
+                return (out, {"last": h}) if features else out
+
+        model = Net(nnx.Rngs(0))
+        net = score.from_nnx(model)
+        direct = lambda t, x, c: model(t[None], x[None], c[None], features=True)  # noqa: E731
+    denoiser = Denoiser(path, net, predicts)
+    m, eps, hidden = eqx.filter_jit(denoiser.features)(t, x, cond)
+    np.testing.assert_allclose([m, eps], denoiser.pair(t, x, cond), rtol=1e-12)
+    want = direct(jnp.asarray(t), x, jnp.asarray(cond))[1]["last"][0]
+    assert hidden["last"].shape == want.shape and np.any(want)
+    np.testing.assert_allclose(hidden["last"], want, rtol=1e-12)
+    low = score.from_linen(module, variables, dtype=jnp.bfloat16) if kind == "linen" else net
+    assert low.features(jnp.asarray(t), x, cond)[1]["last"].dtype == x.dtype
+
+
+def test_features_through_preconditioning_are_those_of_the_inner_net():
+    path, t, x = Cosine(), 0.3, jnp.asarray(X[0])
+    net = score.from_linen(*featured_linen(), train=False)
+    denoiser = Denoiser(path, score.precondition(path, net, 0.7))
+    m, eps, hidden = denoiser.features(t, x)
+    np.testing.assert_allclose([m, eps], denoiser.pair(t, x), rtol=1e-12)
+    _, _, scale, noise = score.edm_coefficients(path, t, 0.7)
+    want = net.features(noise, scale * x, None)[1]["last"]
+    np.testing.assert_allclose(hidden["last"], want, rtol=1e-12)
+
+
+def test_a_net_without_features_says_how_to_give_it_some(as_users_see_it):
+    path, x = VP(), jnp.asarray(X[0])
+    plain = "features: net must be a network with a method features"
+    module, (variables, _) = linen_net()
+    for net, said in [
+        (lambda t, x, cond: x, plain),
+        (score.from_batched(batched), plain),
+        (score.precondition(path, lambda t, x, cond: x), plain),
+        (score.from_linen(module, variables), "takes features=True .* got .*Net.__call__"),
+        (score.from_nnx(nnx_nets()[0]), "features: module must be a module that takes"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Denoiser(path, net).features(0.5, x)
+
+
 class Affine(eqx.Module):
     linear: eqx.nn.Linear
 

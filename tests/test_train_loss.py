@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +6,8 @@ import pytest
 import scipy.stats
 from helpers import PROCESSES, each_process, inner_times
 
+from jaxdiff import exact
+from jaxdiff.fisher.trace import TraceHead
 from jaxdiff.process import EDM, VE, VP, Rectified
 from jaxdiff.score import PREDICTIONS, Denoiser
 from jaxdiff.train import loss
@@ -171,3 +174,121 @@ def test_float32_and_low_precision(defaults):
         sample_t = loss.lognormal_time()
         mean, _ = loss.batch_loss(KEY, denoiser, x0, sample_t=sample_t, weight=loss.min_snr())
         assert mean.dtype == jnp.float32 and np.isfinite(mean)
+
+
+# --- Heads for the trace. ------------------------------------------------------------------------
+
+KINDS = ("raw", "residual", "preconditioned")
+
+
+def exact_moment(denoiser, kind, t, x):
+    """What the head of each kind is to predict, from the closed-form posterior."""
+    known = denoiser.posterior(t, x)
+    snr = denoiser.process.snr(t)
+    if kind == "raw":
+        return (known.residual / snr + jnp.sum(known.mean**2)) / x.size
+    return known.residual / x.size * (1 if kind == "residual" else (1 + snr) / snr)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_minimiser_of_the_trace_loss_is_the_conditional_moment(kind):
+    path, t, n = VP(), 0.3, 20_000
+    means = jnp.array([[-1.0, 0.5], [1.0, 0.0]])
+    denoiser = exact.mixture(path, [0.4, 0.6], means, 0.2)
+    which = jax.random.bernoulli(jax.random.key(1), 0.6, (n,)).astype(int)
+    x0 = means[which] + 0.2**0.5 * jax.random.normal(jax.random.key(2), (n, 2))
+
+    def losses(a):  # the exact moment, moved along the functions 1 and |x|^2
+        def net(clock, x, cond):
+            moment = exact_moment(denoiser, kind, t, x) + a[0] + a[1] * jnp.sum(x**2)
+            if kind != "preconditioned":
+                return moment
+            return jnp.log(jnp.expm1(moment)) - jnp.log(jnp.expm1(1.0))
+
+        head, at = TraceHead(net, kind), lambda p, u: jnp.full_like(u, t)
+        return loss.batch_trace_loss(KEY, head, denoiser, x0, sample_t=at)[1]
+
+    slopes = jax.jit(jax.jacfwd(losses))
+    best, moved = slopes(jnp.zeros(2)), slopes(jnp.array([0.05, 0.02]))
+    error = jnp.std(best, axis=0) / np.sqrt(n)
+    assert np.all(np.abs(jnp.mean(best, axis=0)) < 4 * error)
+    assert np.all(np.abs(jnp.mean(moved, axis=0)) > 6 * error)
+
+
+@each_process
+def test_the_preconditioned_target_is_its_definition(path):
+    head = TraceHead(lambda t, x, cond: jnp.sum(x))
+    denoiser = Denoiser(path, net, "v")
+    for t in inner_times(path, 5, 0.05, 0.05):
+        x, eps = path.perturb(KEY, t, X0)
+        m, guess = denoiser.pair(t, x)
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        want = (alpha**2 + sigma**2) / sigma**2 * jnp.mean((X0 - m) ** 2)
+        np.testing.assert_allclose(head.target(X0, eps, m, guess), want, rtol=1e-8)
+        scaled = x / jnp.hypot(alpha, sigma)
+        moment = jax.nn.softplus(jnp.sum(scaled) + jnp.log(jnp.expm1(1.0)))
+        got = loss.trace_loss(KEY, head, denoiser, X0, t=t)
+        np.testing.assert_allclose(got, (moment - want) ** 2, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", [False, True])
+def test_no_gradient_of_the_trace_loss_reaches_the_denoiser(kind, features):
+    class Net(eqx.Module):
+        scale: jax.Array
+
+        def __call__(self, t, x, cond):
+            return self.features(t, x, cond)[0]
+
+        def features(self, t, x, cond):
+            return jnp.sin(self.scale * x), self.scale * x
+
+    def of(parameters, hidden):
+        head_scale, net_scale, beta = parameters
+        # `hidden` is what a network may hold in a closure, where no tree shows it
+        path, inner = VP(beta_max=beta), Net(net_scale * hidden)
+        head = TraceHead(lambda t, h, cond: head_scale * jnp.mean(h), kind, features=features)
+        return loss.trace_loss(KEY, head, Denoiser(path, inner, "eps"), X0, t=0.4)
+
+    grads = jax.grad(of, (0, 1))((jnp.array(0.7), jnp.array(1.3), jnp.array(20.0)), jnp.array(1.0))
+    assert abs(grads[0][0]) > 1e-3
+    assert not np.any(jax.tree.leaves((grads[0][1:], grads[1])))
+
+
+def test_a_batch_of_trace_losses_has_stratified_times_and_its_own_noise():
+    path, n = VP(), 8
+    denoiser = Denoiser(path, net, "velocity")
+    head = TraceHead(lambda clock, x, cond: jnp.mean(x) - 4 * clock + cond["shift"])
+    x0, cond = jax.random.normal(KEY, (n, 3)), {"shift": jnp.arange(1.0, n + 1)}
+    w = jnp.linspace(0.0, 2.0, n)
+
+    mean, losses = loss.batch_trace_loss(KEY, head, denoiser, x0, cond, example_weight=w)
+    np.testing.assert_allclose(mean, np.mean(w * losses))
+    offset = jax.random.uniform(jax.random.fold_in(KEY, n))
+    for i in (0, 5):
+        t = loss.logsnr_time(path, (i + offset) / n)
+        one = {"shift": cond["shift"][i]}
+        want = loss.trace_loss(jax.random.fold_in(KEY, i), head, denoiser, x0[i], one, t=t)
+        np.testing.assert_allclose(losses[i], want, rtol=1e-6)
+    with pytest.raises(ValueError, match="logsnr_time: process must be of finite log-SNR"):
+        loss.batch_trace_loss(KEY, head, Denoiser(Rectified(), net), x0, cond)
+
+
+def test_trace_loss_errors(as_users_see_it):
+    head, denoiser = TraceHead(lambda t, x, cond: jnp.sum(x)), Denoiser(VP(), net)
+    for call, said in [
+        (lambda: loss.trace_loss(KEY, net, denoiser, X0, t=0.5), "trace_loss: head must be a Tra"),
+        (lambda: loss.trace_loss(KEY, head, net, X0, t=0.5), "trace_loss: denoiser must be a jaxd"),
+        (
+            lambda: loss.batch_trace_loss(KEY, head, denoiser, jnp.zeros((4, 2), int)),
+            "batch_trace_loss: x0 must be a floating array, got int64",
+        ),
+        (
+            lambda: loss.batch_trace_loss(
+                KEY, head, denoiser, jnp.zeros((4, 2)), example_weight=jnp.ones(3)
+            ),
+            r"batch_trace_loss: example_weight must be of shape \(4,\), got \(3,\)",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -94,6 +94,54 @@ def test_time_scale_and_features():
     )
 
 
+@each_net
+def test_features_are_what_the_last_layer_reads(make):
+    net = make(num_classes=3)
+    params = shaken(net, TIMES, IMAGES, LABELS)
+    plain = jax.jit(net.apply)({"params": params}, TIMES, IMAGES, LABELS)
+    both = jax.jit(lambda p: net.apply({"params": p}, TIMES, IMAGES, LABELS, features=True))
+    out, hidden = both(params)
+    np.testing.assert_array_equal(out, plain)
+    width = 16 if isinstance(net, nets.MLP) else net.channels[0]
+    assert hidden.shape == ((4, width) if isinstance(net, nets.MLP) else (4, 8, 8, width))
+    if isinstance(net, nets.MLP):
+        last = max(params, key=lambda name: int(name.split("_")[-1]) * name.startswith("Dense"))
+        want = hidden @ params[last]["kernel"]
+    else:
+        last, sizes = "Conv_1", ("NHWC", "HWIO", "NHWC")
+        kernel = params[last]["kernel"]
+        want = jax.lax.conv_general_dilated(hidden, kernel, (1, 1), "SAME", dimension_numbers=sizes)
+    want = np.asarray(want) + np.asarray(params[last]["bias"])
+    np.testing.assert_allclose(out, want.reshape(out.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(6,), (4, 4, 6), (3, 4, 4, 6)])
+def test_trace_net_gives_one_number_per_sample(dims):
+    net, x = nets.TraceNet(16, num_classes=3), np.random.default_rng(0).normal(size=(4, *dims))
+    x = jnp.asarray(x, jnp.float32)
+    params = {"params": shaken(net, TIMES, x, LABELS)}
+    apply = jax.jit(net.apply)
+    base = apply(params, TIMES, x, LABELS)
+    assert base.shape == (4,) and base.dtype == jnp.float32
+    for other in (
+        apply(params, TIMES.at[1].add(0.05), x, LABELS),
+        apply(params, TIMES, x.at[1].multiply(-1.0), LABELS),
+        apply(params, TIMES, x, LABELS.at[1].set(3)),
+    ):
+        differs = np.abs(other - base) / np.max(np.abs(base))
+        assert differs[1] > 1e-3 and np.max(differs[[0, 2, 3]]) < 1e-5
+    single = score.from_linen(net, params)
+    got = jax.vmap(single)(TIMES, x, LABELS)
+    np.testing.assert_allclose(got, base, rtol=1e-5, atol=1e-6)
+    zero, _ = net.init_with_output(KEY, TIMES, x, LABELS)
+    assert not np.any(zero)
+    low = nets.TraceNet(16, num_classes=3, dtype=jnp.bfloat16)
+    rough = low.apply(params, TIMES, x, LABELS)
+    assert rough.dtype == jnp.float32
+    assert 0 < jnp.linalg.norm(rough - base) < 0.05 * jnp.linalg.norm(base)
+    assert net.apply(params, TIMES.astype(float), x.astype(float), LABELS).dtype == jnp.float64
+
+
 @pytest.mark.parametrize(
     "net,x,cond,message",
     [

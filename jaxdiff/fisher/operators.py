@@ -10,11 +10,20 @@ $$ C = \frac{\sigma^2}{\alpha}\frac{\partial m}{\partial x}, \qquad
 so a product with $F$ is a directional derivative of the network, a difference of two of its values,
 or, where the data are known, a weighted sum of outer products: never a Hessian.
 
-| method | cost of a product | autodiff | symmetric |
-|---|---|---|---|
-| `"jvp"` | 1 forward derivative (about 2 evaluations) | forward mode, no tape | no |
-| `"fd"` | 1 evaluation (and 1 to build) | none | no |
-| `"exact"` | vector operations on the mixture or the data | none | yes |
+| method | cost of a product | once, to build | autodiff | symmetric |
+|---|---|---|---|---|
+| `"jvp"` | 1 forward derivative (about 2 evaluations) | none | forward mode, no tape | no |
+| the same, `symmetrise=True` | 1 forward and 1 reverse derivative | none | both modes | yes |
+| `"fd"` | 1 evaluation | 1 evaluation | none | no |
+| `"exact"`, a mixture | O(K d), or O(K d^2) with full covariances | as one product | none | yes |
+| `"exact"`, a data set | a pass over the data, O(N d) | none | none | yes |
+| `"neighbours"`, a data set | O(k d) for the k heaviest atoms | 2 passes | none | yes |
+| `"lanczos"` | O(k d) | k products (exact, or symmetrised jvp) | as those | yes |
+
+The first five are $F$ itself (`"fd"` to about half the digits), the last two low-rank
+approximations of $R$, which leave the rest of $F$ isotropic: `lowrank.neighbours` bounds what is
+left out, `spectrum.eigsh` shows how far the iteration has come. Their operators are `DiagLowRank`,
+for which `solve`, `diagonal` and `logdet` are exact.
 
 $R$ and $C$ are positive semidefinite, $F$ is not: between modes $R$ has eigenvalues above 1.
 """
@@ -28,10 +37,14 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, Scalar, ScalarLike
+from jaxdiff._types import Cond, ScalarLike, time_dtype
+from jaxdiff.fisher.lowrank import DiagLowRank, lanczos, neighbours, woodbury
 from jaxdiff.score import AbstractDenoiser, floating
 
-Method: TypeAlias = Literal["jvp", "fd", "exact"]
+Method: TypeAlias = Literal["jvp", "fd", "exact", "neighbours", "lanczos"]
+
+_LOW_RANK = ("neighbours", "lanczos")
+_CHUNK = 16  # products that `diagonal` carries at once
 
 
 class _Jvp(eqx.Module):
@@ -82,13 +95,11 @@ class _Scaled(eqx.Module):
 
 
 def _noise_jacobian(
-    denoiser: AbstractDenoiser, t: Any, x: Array, cond: Cond, method: Method, symmetrise: bool
+    denoiser: AbstractDenoiser, t: Any, x: Array, cond: Cond, method: str, symmetrise: bool
 ) -> Any:
     r"""Return $v \mapsto (\partial\hat\epsilon/\partial x) v$ by the two network methods."""
     if method == "jvp":
         return _Jvp(denoiser, t, x, cond, symmetrise)
-    if symmetrise:
-        raise _check.bad("fisher", "symmetrise", "False for method='fd', which has no transpose", 1)
     return _Difference(denoiser, t, x, cond, denoiser.eps(t, x, cond))
 
 
@@ -101,13 +112,46 @@ def _noise_covariance(denoiser: AbstractDenoiser, t: Any, x: Array) -> Any:
     return denoiser.noise_covariance(t, x)
 
 
-def _known(where: str, denoiser: AbstractDenoiser, method: str) -> None:
+def _low_rank(
+    denoiser: Any, t: Any, x: Array, cond: Cond, method: str, rank: Any, key: Any
+) -> DiagLowRank:
+    r"""Return $R$ on the heaviest atoms, or on a Krylov space."""
+    if method == "neighbours":
+        return neighbours(denoiser, t, x, rank=rank).covariance
+    if isinstance(denoiser, exact.AbstractExact):
+        full = _operator(_noise_covariance(denoiser, t, x), x, lx.positive_semidefinite_tag)
+    else:  # Lanczos needs symmetry, which the Jacobian of a network has not
+        jacobian = _Jvp(denoiser, t, x, cond, True)
+        sigma = denoiser.process.sigma(t)
+        full = _operator(_Scaled(jacobian, 1.0, -sigma), x, lx.symmetric_tag)
+    return lanczos(full, rank, key=key)
+
+
+def _affine(inner: DiagLowRank, a: Any, b: Any, *tags: object) -> DiagLowRank:
+    """Return `a I + b A`."""
+    a, b = (jnp.asarray(c, inner.weights.dtype) for c in (a, b))
+    return DiagLowRank(a + b * inner.shift, inner.factors, b * inner.weights, frozenset(tags))
+
+
+def _known(
+    where: str, denoiser: AbstractDenoiser, method: str, symmetrise: bool, rank: Any
+) -> None:
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    _check.choice(where, "method", method, ("jvp", "fd", "exact"))
+    _check.choice(where, "method", method, ("jvp", "fd", "exact", *_LOW_RANK))
     if method == "exact" and not isinstance(denoiser, exact.AbstractExact):
-        expected = "'jvp' or 'fd', since this denoiser has no closed form"
+        expected = "'jvp', 'fd' or 'lanczos', since this denoiser has no closed form"
         raise _check.bad(where, "method", expected, repr(method))
+    if method == "neighbours" and not isinstance(denoiser, exact.Empirical):
+        expected = "another, since this denoiser is not built from data by exact.empirical"
+        raise _check.bad(where, "method", expected, repr(method))
+    if method in _LOW_RANK:
+        _check.whole(where, f"rank (with method={method!r})", rank, 1)
+    elif rank is not None:
+        raise _check.bad(where, "rank", f"None for method={method!r}", repr(rank))
+    if symmetrise and method == "fd":
+        expected = "False for method='fd', which has no transpose"
+        raise _check.bad(where, "symmetrise", expected, symmetrise)
 
 
 def fisher(
@@ -118,15 +162,18 @@ def fisher(
     *,
     method: Method = "jvp",
     symmetrise: bool = False,
+    rank: int | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> lx.AbstractLinearOperator:
     r"""Return the diffusion Fisher $F = -\nabla^2\log q_t(x)$ as a linear operator.
 
     $$ F v = \frac1\sigma\frac{\partial\hat\epsilon}{\partial x}v
            = \frac{v - Rv}{\sigma^2}, \qquad R = Cov[\epsilon | x_t = x] $$
 
-    Use `.mv(v)`, `.as_matrix()`, `.transpose()`, and `trace` and `solve` of this module. Tagged
-    symmetric for `"exact"` and with `symmetrise`; the Jacobian of a learned network is not
-    symmetric. Never tagged positive semidefinite, which it is not.
+    Use `.mv(v)`, `.as_matrix()`, `.transpose()`, and `trace`, `diagonal`, `solve`, `logdet` and
+    `eigsh` of this package. Tagged symmetric in the rows of the module's table that say so; the
+    Jacobian of a learned network is not symmetric. Never tagged positive semidefinite, which it is
+    not.
 
     Args:
         denoiser: the denoiser.
@@ -135,20 +182,27 @@ def fisher(
         cond: condition passed to the denoiser.
         method: see the table of the module's head.
         symmetrise: take the symmetric part of a network's Jacobian: one more reverse-mode product
-            each time (`"jvp"` only).
+            each time (`"jvp"`; the methods after `"fd"` are symmetric as they are).
+        rank: k, for `"neighbours"` and `"lanczos"`.
+        key: for the start of `"lanczos"`; a fixed one by default.
 
     Returns:
-        An operator on arrays of shape (*dims,).
+        An operator on arrays of shape (*dims,); a `DiagLowRank` with `rank`.
 
     Raises:
-        ValueError: if `method` is unknown, or `"exact"` for a denoiser without a closed form.
+        ValueError: if `method` is unknown, or `"exact"` for a denoiser without a closed form, or
+            `"neighbours"` for one that is no data set; if `rank` is missing or not for `method`;
+            if `symmetrise` is asked of `"fd"`.
 
     References:
         Wang et al. 2025, "Efficiently Access Diffusion Fisher" (2505.23264).
     """
-    _known("fisher", denoiser, method)
+    _known("fisher", denoiser, method, symmetrise, rank)
     x = floating(x)
     sigma = denoiser.process.sigma(t)
+    if method in _LOW_RANK:
+        inner = _low_rank(denoiser, t, x, cond, method, rank, key)
+        return _affine(inner, 1 / sigma**2, -1 / sigma**2)
     if method == "exact":
         inner = _noise_covariance(denoiser, t, x)
         return _operator(_Scaled(inner, 1 / sigma**2, -1 / sigma**2), x, lx.symmetric_tag)
@@ -164,15 +218,19 @@ def posterior_cov(
     cond: Cond = None,
     *,
     method: Method | None = None,
+    symmetrise: bool = False,
+    rank: int | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> lx.AbstractLinearOperator:
     r"""Return the posterior covariance $C = Cov[x_0 | x_t = x]$ as a linear operator.
 
     $$ C v = \frac{\sigma^2}{\alpha^2}\,R v = \frac{\sigma^2}{\alpha^2}
              \left(v - \sigma\frac{\partial\hat\epsilon}{\partial x}v\right) $$
 
-    Tagged positive semidefinite for `"exact"` only. At small sigma the network methods subtract two
-    nearly equal vectors where the posterior is narrow: relative to $\sigma^2/\alpha^2$, not to $C$,
-    they are accurate to round-off.
+    Tagged positive semidefinite where it comes from a known density, by `"exact"`, `"neighbours"`
+    or `"lanczos"`; a network's is symmetric at most. At small sigma the network methods subtract
+    two nearly equal vectors where the posterior is narrow: relative to $\sigma^2/\alpha^2$, not to
+    $C$, they are accurate to round-off.
 
     Args:
         denoiser: the denoiser.
@@ -181,9 +239,12 @@ def posterior_cov(
         cond: condition passed to the denoiser.
         method: as in `fisher`; `"exact"` where there is a closed form and `"jvp"` elsewhere by
             default.
+        symmetrise: as in `fisher`.
+        rank: as in `fisher`.
+        key: as in `fisher`.
 
     Returns:
-        An operator on arrays of shape (*dims,).
+        An operator on arrays of shape (*dims,); a `DiagLowRank` with `rank`.
 
     Raises:
         ValueError: as `fisher`.
@@ -193,63 +254,68 @@ def posterior_cov(
     """
     if method is None:
         method = "exact" if isinstance(denoiser, exact.AbstractExact) else "jvp"
-    _known("posterior_cov", denoiser, method)
+    _known("posterior_cov", denoiser, method, symmetrise, rank)
     x = floating(x)
     alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
     ratio = (sigma / alpha) ** 2
+    if method in _LOW_RANK:
+        inner = _low_rank(denoiser, t, x, cond, method, rank, key)
+        return _affine(inner, 0.0, ratio, *inner.tags)
     if method == "exact":
         inner = _noise_covariance(denoiser, t, x)
         return _operator(_Scaled(inner, 0.0, ratio), x, lx.positive_semidefinite_tag)
-    inner = _noise_jacobian(denoiser, t, x, cond, method, False)
-    return _operator(_Scaled(inner, ratio, -ratio * sigma), x)
+    inner = _noise_jacobian(denoiser, t, x, cond, method, symmetrise)
+    tags = (lx.symmetric_tag,) if symmetrise else ()
+    return _operator(_Scaled(inner, ratio, -ratio * sigma), x, *tags)
 
 
-def trace(
+def diagonal(
     operator: lx.AbstractLinearOperator,
     key: PRNGKeyArray | None = None,
     *,
     probes: int | None = None,
-) -> tuple[Scalar, Scalar]:
-    r"""Return the trace of an operator and its standard error.
+) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
+    r"""Return the diagonal of an operator and its standard error, element by element.
 
-    Without `probes` it is exact: d products with the unit vectors. With probes it is Hutchinson's
-    estimate with Rademacher vectors, unbiased, of standard error as returned:
+    Without `probes` it is exact: d products with the unit vectors, or none for a `DiagLowRank`.
+    With Rademacher probes it is unbiased,
 
-    $$ \mathrm{tr}\,A \approx \frac1n\sum_{i=1}^n v_i^\top A v_i $$
+    $$ \mathrm{diag}\,A = E[v \odot A v] \approx \frac1n\sum_{i=1}^n v_i \odot A v_i, $$
+
+    with a variance of element $j$ of $\frac1n\sum_{k\ne j} A_{jk}^2$ for a symmetric operator.
 
     Args:
         operator: a square operator on arrays of any one shape.
         key: for the probes.
-        probes: number of probes, at least 2; None for the exact trace.
+        probes: number of probes n, at least 2; None for the exact diagonal.
 
     Returns:
-        The trace and the standard error of its estimate (0 if exact), both ().
+        The diagonal and the standard error of its estimate (0 if exact), both (*dims,).
 
     Raises:
         ValueError: if `probes` is given without `key`, or is less than 2.
 
     References:
-        Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix".
+        Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a matrix".
     """
     structure = operator.in_structure()
+    shape, dtype, d = structure.shape, structure.dtype, structure.size
     if probes is None:
-        d = structure.size
-        products = jax.lax.map(
-            lambda i: operator.mv(
-                jnp.zeros(d, structure.dtype).at[i].set(1).reshape(structure.shape)
-            ).reshape(-1)[i],
-            jnp.arange(d),
-        )
-        return jnp.sum(products), jnp.zeros((), structure.dtype)
-    _check.whole("trace", "probes", probes, 2)
-    keys = jax.random.split(_check.key("trace", "key", key), probes)
+        if isinstance(operator, DiagLowRank):
+            exactly = lx.diagonal(operator)
+        else:
 
-    def one(key: PRNGKeyArray) -> Array:
-        v = jax.random.rademacher(key, structure.shape, structure.dtype)
-        return jnp.sum(v * operator.mv(v))
+            def entry(i: Array) -> Array:
+                unit = jnp.zeros(d, dtype).at[i].set(1)
+                return operator.mv(unit.reshape(shape)).reshape(-1)[i]
 
-    values = jax.vmap(one)(keys)
-    return jnp.mean(values), jnp.std(values, ddof=1) / jnp.sqrt(probes)
+            exactly = jax.lax.map(entry, jnp.arange(d), batch_size=min(_CHUNK, d))
+        return exactly.reshape(shape), jnp.zeros(shape, exactly.dtype)
+    _check.whole("diagonal", "probes", probes, 2)
+    keys = jax.random.split(_check.key("diagonal", "key", key), probes)
+    v = jax.vmap(lambda key: jax.random.rademacher(key, shape, dtype))(keys)
+    values = (v * jax.vmap(operator.mv)(v)).astype(time_dtype(dtype))
+    return jnp.mean(values, axis=0), jnp.std(values, axis=0, ddof=1) / jnp.sqrt(probes)
 
 
 def solve(
@@ -264,8 +330,9 @@ def solve(
 ) -> Float[Array, "*dims"]:
     r"""Solve $(A + \delta I)\,s = v$ by products alone.
 
-    Conjugate gradients where the operator is tagged positive semidefinite, GMRES elsewhere. Cost:
-    one product per iteration.
+    Conjugate gradients where the operator is tagged positive semidefinite, GMRES elsewhere, one
+    product per iteration; exactly, by the Woodbury formula, for a `DiagLowRank` (unless `solver` is
+    given), where the tolerances do not count.
 
     Args:
         operator: $A$, on arrays of shape (*dims,).
@@ -277,16 +344,36 @@ def solve(
         max_steps: bound on the iterations; `10 d` by default.
 
     Returns:
-        $s$, (*dims,); NaN where the solver failed, since nothing may raise inside jit.
+        $s$, (*dims,); NaN where the solver failed, and so are its derivatives, since nothing may
+        raise inside jit. Reverse-mode derivatives need a symmetric operator or one that can be
+        transposed, as those of `"fd"` cannot.
     """
     v = floating(v)
-    shifted = _operator(_Scaled(operator.mv, shift, 1.0), v, *_tags(operator))
+    if isinstance(operator, DiagLowRank) and solver is None:
+        return woodbury(operator, v, shift)
+    symmetric, tags = lx.is_symmetric(operator), _tags(operator)
     if solver is None:
         steps = 10 * v.size if max_steps is None else max_steps
         method = lx.CG if lx.is_positive_semidefinite(operator) else lx.GMRES
         solver = method(rtol=rtol, atol=atol, max_steps=steps)
-    out = lx.linear_solve(shifted, v, solver, throw=False)
-    return jnp.where(out.result == lx.RESULTS.successful, out.value, jnp.nan)
+
+    def run(product: Any, v: Array) -> Array:
+        out = lx.linear_solve(_operator(product, v, *tags), v, solver, throw=False)
+        return jnp.where(out.result == lx.RESULTS.successful, out.value, jnp.nan)
+
+    # The derivatives that lineax itself would take raise where their own solves fail.
+    shifted = _Scaled(operator.mv, shift, 1.0)
+    back = run if symmetric or _transposes(shifted, v) else None
+    return jax.lax.custom_linear_solve(shifted, v, run, back, symmetric=symmetric)
+
+
+def _transposes(product: Any, v: Array) -> bool:
+    """Say whether JAX can transpose a linear function; it cannot see that a difference is one."""
+    try:
+        jax.eval_shape(lambda v: jax.linear_transpose(product, v)(v), v)
+    except Exception:
+        return False
+    return True
 
 
 def _tags(operator: lx.AbstractLinearOperator) -> tuple[object, ...]:

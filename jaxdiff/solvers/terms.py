@@ -75,6 +75,11 @@ class Clock(eqx.Module):
         return _CLOCKS[self.name][2](self.process.alpha(t), self.process.sigma(t))
 
 
+def log_snr_drift(alpha: Scalar, sigma: Scalar, m: Array, eps: Array) -> Array:
+    r"""Return $dy/d\lambda = \bar\alpha\bar\sigma(\bar\sigma m - \bar\alpha\hat\epsilon)$."""
+    return (sigma * m - alpha * eps) * alpha * sigma / jnp.hypot(alpha, sigma) ** 3
+
+
 class Field(eqx.Module):
     """The drift of a denoiser in a clock: a diffrax vector field `(c, y, args) -> dy/dc`."""
 
@@ -94,8 +99,7 @@ class Field(eqx.Module):
             case "lam":
                 alpha, sigma = self.clock.process.alpha(t), self.clock.process.sigma(t)
                 m, eps = self.denoiser.pair(t, x, self.cond)
-                v = (sigma * m - alpha * eps) * alpha * sigma / jnp.hypot(alpha, sigma) ** 3
-                return v.astype(y.dtype)
+                return log_snr_drift(alpha, sigma, m, eps).astype(y.dtype)
             case _:
                 return self.denoiser(t, x, self.cond)
 

@@ -12,16 +12,26 @@ state = train.fit(state, step, batch, steps=2000, path="run")  # the same line r
 from jaxdiff.train import checkpoint, loop, loss, nets, state
 from jaxdiff.train.checkpoint import CheckpointError, latest, restore, save
 from jaxdiff.train.loop import epochs, fit
-from jaxdiff.train.loss import batch_loss, denoising_loss, lognormal_time, logsnr_time, uniform_time
-from jaxdiff.train.nets import MLP, UNet
+from jaxdiff.train.loss import (
+    batch_loss,
+    batch_trace_loss,
+    denoising_loss,
+    lognormal_time,
+    logsnr_time,
+    trace_loss,
+    uniform_time,
+)
+from jaxdiff.train.nets import MLP, TraceNet, UNet
 from jaxdiff.train.state import TrainState, init, make_step
 
 __all__ = [
     "MLP",
     "CheckpointError",
+    "TraceNet",
     "TrainState",
     "UNet",
     "batch_loss",
+    "batch_trace_loss",
     "checkpoint",
     "denoising_loss",
     "epochs",
@@ -37,5 +47,6 @@ __all__ = [
     "restore",
     "save",
     "state",
+    "trace_loss",
     "uniform_time",
 ]

@@ -13,7 +13,7 @@ straight path. Prediction, weight and sampling of times are three independent ar
 $$ L = E_{t, \epsilon}\; w(\lambda)\,|\hat\epsilon - \epsilon|^2 $$
 
 has the total weight $w(\lambda)\,p(\lambda)$, $p$ being the density that the times have in
-$\lambda$.
+$\lambda$. `trace_loss` trains the second moment of the same error, for `jaxdiff.fisher.TraceHead`.
 """
 
 import math
@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check, score
 from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, stream
+from jaxdiff.fisher.trace import TraceHead
 from jaxdiff.process import AbstractProcess
 
 Weight: TypeAlias = Callable[[Any], Any]
@@ -194,18 +195,131 @@ def batch_loss(
     Raises:
         ValueError: if `example_weight` is not of shape (n,) or `x0` is not floating.
     """
+    return _stratified(
+        "batch_loss",
+        lambda key, x0, cond, t: denoising_loss(key, denoiser, x0, cond, t=t, weight=weight),
+        key,
+        denoiser.process,
+        x0,
+        cond,
+        sample_t,
+        example_weight,
+    )
+
+
+def trace_loss(
+    key: PRNGKeyArray,
+    head: TraceHead,
+    denoiser: score.AbstractDenoiser,
+    x0: Float[Array, "*dims"],
+    cond: Cond = None,
+    *,
+    t: ScalarLike,
+) -> Scalar:
+    r"""Return the squared error of a trace head at one noisy example.
+
+    $$ x_t = \alpha x_0 + \sigma\epsilon, \qquad \big(h_\theta(t, x_t) - y\big)^2, \qquad
+       y = \begin{cases} |x_0|^2/d & \text{raw} \\
+         |\epsilon - \hat\epsilon|^2/d & \text{residual} \\
+         (|x_0 - m|^2 + |\epsilon - \hat\epsilon|^2)/d & \text{preconditioned} \end{cases} $$
+
+    whose minimiser is the conditional moment $E[y | x_t]$ of `TraceHead`'s table; the last is
+    $(\alpha^2 + \sigma^2)/\sigma^2\,|x_0 - m|^2/d$, written so that nothing cancels. The denoiser
+    is frozen: no gradient reaches it, its features or its process. Cost: one network call.
+
+    Args:
+        key: consumed by the draw of eps.
+        head: what is trained; its `kind` decides the target.
+        denoiser: a trained or an exact denoiser.
+        x0: clean example, (*dims,).
+        cond: condition passed to both networks.
+        t: time, ().
+
+    Returns:
+        The loss, (), in float32 or wider.
+
+    Raises:
+        ValueError: if `head` is no `TraceHead` or `denoiser` no denoiser.
+
+    References:
+        Wang et al. 2025 (2505.23264) for `"raw"`; Bao et al. 2022 (2206.07309).
+    """
+    if not isinstance(head, TraceHead):
+        raise _check.bad("trace_loss", "head", "a TraceHead", type(head).__name__)
+    if not isinstance(denoiser, score.AbstractDenoiser):
+        raise _check.bad("trace_loss", "denoiser", "a jaxdiff denoiser", type(denoiser).__name__)
+    x, eps = denoiser.process.perturb(key, t, x0)
+    # Stopped here, not at the parameters: a network may hold those in a closure.
+    frozen = (denoiser.process.lam(t), *head.inputs(denoiser, t, x, cond))
+    lam, m, guess, inputs = jax.lax.stop_gradient(frozen)
+    moment = head.moment(lam, inputs, cond)
+    return (moment - head.target(x0, eps, m, guess)) ** 2
+
+
+def batch_trace_loss(
+    key: PRNGKeyArray,
+    head: TraceHead,
+    denoiser: score.AbstractDenoiser,
+    x0: Float[Array, "n *dims"],
+    cond: Cond = None,
+    *,
+    sample_t: SampleTime = logsnr_time,
+    example_weight: Float[Array, " n"] | None = None,
+) -> tuple[Scalar, Float[Array, " n"]]:
+    r"""Return the mean of `trace_loss` over a batch, at stratified times as in `batch_loss`.
+
+    The default draws $\lambda$ uniformly, which the integral of $r$ over $\lambda$ in a likelihood
+    asks for. A path whose $\lambda$ is infinite at an end needs another range.
+
+    Args:
+        key: a key; give every step another one.
+        head: what is trained.
+        denoiser: a trained or an exact denoiser, frozen.
+        x0: clean examples, (n, *dims).
+        cond: condition whose leaves have a leading axis n.
+        sample_t: see `batch_loss`.
+        example_weight: see `batch_loss`.
+
+    Returns:
+        The mean loss, (), and the loss of each example before `example_weight`, (n,).
+
+    Raises:
+        ValueError: as `trace_loss`, `batch_loss` and `logsnr_time`.
+    """
+    return _stratified(
+        "batch_trace_loss",
+        lambda key, x0, cond, t: trace_loss(key, head, denoiser, x0, cond, t=t),
+        key,
+        denoiser.process,
+        x0,
+        cond,
+        sample_t,
+        example_weight,
+    )
+
+
+def _stratified(
+    where: str,
+    loss: Callable[[PRNGKeyArray, Array, Cond, Array], Scalar],
+    key: PRNGKeyArray,
+    process: AbstractProcess,
+    x0: Array,
+    cond: Cond,
+    sample_t: SampleTime,
+    example_weight: Array | None,
+) -> tuple[Scalar, Array]:
+    """Return the mean of a loss over a batch at stratified times, and the loss of each example."""
     if not hasattr(x0, "dtype") or not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise _check.bad("batch_loss", "x0", "a floating array", getattr(x0, "dtype", type(x0)))
+        raise _check.bad(where, "x0", "a floating array", getattr(x0, "dtype", type(x0)))
     n = len(x0)
     if example_weight is not None and example_weight.shape != (n,):
-        raise _check.bad("batch_loss", "example_weight", f"of shape ({n},)", example_weight.shape)
+        raise _check.bad(where, "example_weight", f"of shape ({n},)", example_weight.shape)
     offset = jax.random.uniform(stream(key, n))  # examples use the streams 0 .. n - 1
     tiny = jnp.finfo(offset.dtype).eps  # rounding must not reach 0 or 1, where log-SNR may diverge
     u = jnp.clip((jnp.arange(n) + offset) / n, tiny, 1 - tiny)
 
     def one(i: Array, u: Array, x0: Array, cond: Cond) -> Scalar:
-        t = sample_t(denoiser.process, u)
-        return denoising_loss(stream(key, i), denoiser, x0, cond, t=t, weight=weight)
+        return loss(stream(key, i), x0, cond, sample_t(process, u))
 
     losses = jax.vmap(one)(jnp.arange(n), u, x0, cond)
     return jnp.mean(losses if example_weight is None else example_weight * losses), losses

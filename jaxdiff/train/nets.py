@@ -1,14 +1,16 @@
-r"""Small reference networks in flax linen: an MLP for vectors and a U-Net for images.
+r"""Small reference networks in flax linen: an MLP for vectors, a U-Net for images, a trace head.
 
-Both are called on batches, `net(t, x, cond)` with `t: (n,)`, `x: (n, *dims)`, `cond: (n,)`, and
+They are called on batches, `net(t, x, cond)` with `t: (n,)`, `x: (n, *dims)`, `cond: (n,)`, and
 become a per-sample network by `jaxdiff.score.from_linen(net, {"params": params})`. No statistic of
 the batch enters. Time enters every block as a scale and a shift of its features (FiLM, Perez et
 al. 2018, 1709.07871); the last layer starts at zero.
 
-The number of outputs is that of `x`, whatever the denoiser `predicts`. For class conditioning, the
-table of classes has one row more than there are classes: the label `num_classes` means "no class",
-as classifier-free guidance needs (Ho, Salimans 2022, 2207.12598). `jax.jit(net.init)` starts
-faster than `net.init`, which compiles operation by operation.
+The number of outputs is that of `x`, whatever the denoiser `predicts`; called with
+`features=True`, `MLP` and `UNet` return their last hidden representation as well, which
+`Denoiser.features` hands to a small head such as `TraceNet`, with one output per sample. For class
+conditioning, the table of classes has one row more than there are classes: the label `num_classes`
+means "no class", as classifier-free guidance needs (Ho, Salimans 2022, 2207.12598).
+`jax.jit(net.init)` starts faster than `net.init`, which compiles operation by operation.
 """
 
 import math
@@ -70,6 +72,15 @@ class _Embedding(nn.Module):
         return nn.silu(h + nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype)(cond))
 
 
+def _layers(h: Array, embedding: Array, widths: Sequence[int], dtype: Any) -> Array:
+    """Apply layers conditioned on the embedding, residual where their widths are equal."""
+    for width in widths:
+        inner = _film(nn.Dense(width, dtype=dtype)(h), embedding, dtype)
+        inner = nn.Dense(width, dtype=dtype)(nn.silu(inner))
+        h = nn.silu(h + inner if h.shape == inner.shape else inner)
+    return h
+
+
 class MLP(nn.Module):
     """A multilayer perceptron on flattened samples, each layer conditioned on time and class.
 
@@ -103,18 +114,15 @@ class MLP(nn.Module):
         t: Float[Array, " n"],
         x: Float[Array, "n *dims"],
         cond: Int[Array, " n"] | None = None,
-    ) -> Float[Array, "n *dims"]:
-        """Predict for a batch, in the dtype of `x`."""
+        features: bool = False,
+    ) -> Any:
+        """Predict for a batch, in the dtype of `x`; with `features`, give the last layer too."""
         embedding = _Embedding(self.features[0], self.num_classes, self.time_scale, self.dtype)
-        embedding = embedding(t, x, cond)
-        h = x.reshape(len(x), -1)
-        for width in self.features:
-            inner = _film(nn.Dense(width, dtype=self.dtype)(h), embedding, self.dtype)
-            inner = nn.Dense(width, dtype=self.dtype)(nn.silu(inner))
-            h = nn.silu(h + inner if h.shape == inner.shape else inner)
+        h = _layers(x.reshape(len(x), -1), embedding(t, x, cond), self.features, self.dtype)
         size = math.prod(x.shape[1:])
         out = nn.Dense(size, kernel_init=_ZEROS, dtype=self.dtype)(h)
-        return out.reshape(x.shape).astype(x.dtype)
+        out = out.reshape(x.shape).astype(x.dtype)
+        return (out, h) if features else out
 
 
 class _Block(nn.Module):
@@ -223,8 +231,9 @@ class UNet(nn.Module):
         t: Float[Array, " n"],
         x: Float[Array, "n *dims"],
         cond: Int[Array, " n"] | None = None,
-    ) -> Float[Array, "n *dims"]:
-        """Predict for a batch, in the dtype of `x`."""
+        features: bool = False,
+    ) -> Any:
+        """Predict for a batch, in the dtype of `x`; with `features`, give the last layer too."""
         self._check(x)
         embedding = _Embedding(4 * self.channels[0], self.num_classes, self.time_scale, self.dtype)
         embedding = embedding(t, x, cond)
@@ -245,5 +254,53 @@ class UNet(nn.Module):
         for skip in reversed(skips):
             h = run(skip + _unfold(nn.Dense(4 * skip.shape[-1], dtype=self.dtype)(h)))
         h = nn.silu(nn.GroupNorm(self.groups, dtype=self.dtype)(h))
-        h = nn.Conv(x.shape[-1], (3, 3), kernel_init=_ZEROS, dtype=self.dtype)(h)
-        return h.astype(x.dtype)
+        out = nn.Conv(x.shape[-1], (3, 3), kernel_init=_ZEROS, dtype=self.dtype)(h)
+        out = out.astype(x.dtype)
+        return (out, h) if features else out
+
+
+class TraceNet(nn.Module):
+    r"""A scalar network for `jaxdiff.fisher.TraceHead`, on features of a denoiser or on vectors.
+
+    Features with pixels, (n, height, width, c), are pooled first, to the means of each and of its
+    square; vectors (n, c), features of an `MLP` or samples, enter as they are. The output starts
+    at zero. On features of a U-Net its cost is a few percent of the network that they come from.
+
+    Attributes:
+        width: width of the layers.
+        depth: number of layers, those of `MLP`.
+        num_classes: number of classes, or None for no condition.
+        time_scale: factor on `t` before its sinusoidal features; those suit `|t|` of order 1.
+        dtype: dtype of the computation, bfloat16 for instance; parameters are float32.
+
+    Raises:
+        ValueError: when called, if `t` or `cond` does not fit `x` and `num_classes`.
+
+    Example:
+        >>> import jax
+        >>> net, features = TraceNet(16), jnp.ones((5, 8, 8, 4))
+        >>> params = jax.jit(net.init)(jax.random.key(0), jnp.zeros(5), features)["params"]
+        >>> net.apply({"params": params}, jnp.zeros(5), features).tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    width: int = 64
+    depth: int = 2
+    num_classes: int | None = None
+    time_scale: float = 1.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        t: Float[Array, " n"],
+        x: Float[Array, "n *dims"],
+        cond: Int[Array, " n"] | None = None,
+    ) -> Float[Array, " n"]:
+        """Predict one number for each of a batch, in the dtype of `x`."""
+        embedding = _Embedding(self.width, self.num_classes, self.time_scale, self.dtype)
+        h, pixels = x, tuple(range(1, x.ndim - 1))
+        if pixels:
+            h = jnp.concatenate([jnp.mean(h, pixels), jnp.mean(h**2, pixels)], axis=-1)
+        h = _layers(h, embedding(t, x, cond), self.depth * (self.width,), self.dtype)
+        return nn.Dense(1, kernel_init=_ZEROS, dtype=self.dtype)(h)[:, 0].astype(x.dtype)
