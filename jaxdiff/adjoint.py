@@ -42,7 +42,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 from jaxdiff import _check, exact
 from jaxdiff._types import PROBES, Cond, Scalar, ScalarLike, is_concrete, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
-from jaxdiff.fisher.operators import posterior_cov
+from jaxdiff.fisher.operators import difference_step, posterior_cov
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
 from jaxdiff.sampling import Samples
 from jaxdiff.score import AbstractDenoiser, floating
@@ -123,10 +123,8 @@ def _jvp(at: _Node, m: Array | None, ell: Array) -> tuple[Array, Array]:
 
 def _fd(at: _Node, m: Array | None, ell: Array) -> tuple[Array, Array]:
     m = at.mean(at.x) if m is None else m
-    norm = jnp.linalg.norm(ell)
-    # sqrt(round-off) times the length of the noise: truncation and rounding errors balance
-    length = at.denoiser.process.sigma(at.t) * jnp.sqrt(ell.size * jnp.finfo(ell.dtype).eps)
-    step = length.astype(ell.dtype) / jnp.where(norm > 0, norm, 1)
+    alpha, sigma = at.denoiser.process.alpha(at.t), at.denoiser.process.sigma(at.t)
+    step = difference_step(sigma, at.x, (at.x - alpha * m) / sigma, ell)
     return m, (at.mean(at.x + step * ell) - m) / step
 
 

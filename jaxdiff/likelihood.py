@@ -19,6 +19,7 @@ in the clock $\lambda$, in which all coefficients are bounded by 1. An evaluatio
 field takes $m$, $\hat\epsilon$ and $r$ from one call of a trace estimator.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,18 +64,17 @@ class LogProb(eqx.Module):
 class _Path(eqx.Module):
     r"""The vector field of $(y, \int(r - d\bar\alpha^2))$ in the clock $\lambda$.
 
-    On a fixed grid the probes are fresh in every step, so that their errors average out along the
-    path, but the same in all stages of a step: Runge-Kutta weights can be large and of both signs
-    (the squares of Tsit5's sum to 18), and would amplify independent errors. Under a controller
-    the probes stay the same all along, since it needs a smooth right-hand side. In both cases the
-    right-hand side is a pure function of $\lambda$ and the state.
+    `args` is the number of the step on a fixed grid: there the probes are fresh in every step, so
+    that their errors average out along the path, but the same in all stages of a step: Runge-Kutta
+    weights can be large and of both signs (the squares of Tsit5's sum to 18), and would amplify
+    independent errors. Under a controller (None) the probes stay the same all along, since it
+    needs a smooth right-hand side.
     """
 
     denoiser: AbstractDenoiser
     trace: AbstractTrace
     cond: Cond
     key: PRNGKeyArray | None
-    nodes: Array | None  # ascending; None under a controller
 
     def at(self, lam: Any) -> tuple[Any, Any, Any, Any]:
         r"""Return $t$, $\alpha$, $\sigma$ and $h$."""
@@ -87,9 +87,7 @@ class _Path(eqx.Module):
         """Return the derivatives of the state and of the k integrals."""
         y, total = state
         t, alpha, sigma, h = self.at(lam)
-        key = self.key
-        if key is not None and self.nodes is not None:
-            key = stream(key, jnp.searchsorted(self.nodes, lam))  # a node belongs to its own step
+        key = self.key if self.key is None or args is None else stream(self.key, args)
         m, eps, r = self.trace(self.denoiser, t, (h * y).astype(y.dtype), self.cond, key)
         dy = log_snr_drift(alpha, sigma, m, eps)
         return dy.astype(y.dtype), (r - y.size * (alpha / h) ** 2).astype(total.dtype)
@@ -117,28 +115,57 @@ def _watching_both(controller: Any) -> Any:
     return controller
 
 
+def _stepwise(plan: Plan, path: _Path, nodes: Array, state: Any) -> Any:
+    """Integrate over a grid with probes of their own in every step; return the end and a status.
+
+    A step of diffrax does not know its number, and a stage at its end looks like the next step's
+    first; so the steps are made here, each from a fresh start (`made_jump`).
+    """
+    solver, term = plan.solver, dfx.ODETerm(path)
+    n = jnp.arange(len(nodes) - 1)
+    inner = solver.init(term, nodes[0], nodes[1], state, n[0])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
+    def body(carry: Any, row: Any) -> tuple[Any, None]:
+        (state, inner, result), (i, lam0, lam1) = carry, row
+        made_jump = jnp.asarray(True)
+        state, _, _, inner, new = solver.step(term, lam0, lam1, state, i, inner, made_jump)
+        return (
+            state,
+            inner,
+            dfx.RESULTS.where(result == dfx.RESULTS.successful, new, result),
+        ), None
+
+    start: Any = (state, inner, dfx.RESULTS.successful)
+    state, _, result = jax.lax.scan(body, start, (n, nodes[:-1], nodes[1:]))[0]
+    return jax.tree.map(lambda a: a[None], state), result, jnp.asarray(len(n))
+
+
 def _solve(plan: Plan, path: _Path, y: Array, taus: Array | None) -> Any:
     """Integrate from data to noise; return the states at `taus` and the end, and the rest."""
     nodes = jnp.asarray(plan.nodes)[::-1]
-    n = nodes.shape[0] - 1
+    args = (path.denoiser, nodes[0], y, path.cond, path.key)
+    k = eqx.filter_eval_shape(path.trace, *args)[2].shape
+    # The integrals start at d, not 0, so that a relative tolerance is a fraction of d nats.
+    start = (y, jnp.full(k, float(y.size), y.dtype))
+    if plan.controller is None and path.key is not None:
+        (ys, total), result, steps = _stepwise(plan, path, nodes, start)
+        return ys, total[-1] - start[1], result, steps
     if plan.controller is None:
+        n = nodes.shape[0] - 1
         controller, max_steps = dfx.StepTo(nodes), n
         # one checkpoint per step: diffrax's logarithmic default was measured 2-8x slower
         adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=n)
     else:
         controller, max_steps = _watching_both(plan.controller), plan.max_steps
         adjoint = dfx.RecursiveCheckpointAdjoint()
-    args = (path.denoiser, nodes[0], y, path.cond, path.key)
-    k = eqx.filter_eval_shape(path.trace, *args)[2].shape
-    # The integrals start at d, not 0, so that a relative tolerance is a fraction of d nats.
-    start = jnp.full(k, float(y.size), y.dtype)
     solution = dfx.diffeqsolve(
         dfx.ODETerm(path),
         plan.solver,
         nodes[0],
         nodes[-1],
         None,
-        (y, start),
+        start,
         saveat=dfx.SaveAt(t1=True) if taus is None else dfx.SaveAt(ts=taus, t1=True),
         stepsize_controller=controller,
         adjoint=adjoint if plan.adjoint is None else plan.adjoint,
@@ -146,7 +173,7 @@ def _solve(plan: Plan, path: _Path, y: Array, taus: Array | None) -> Any:
         throw=False,
     )
     ys, total = solution.ys  # type: ignore
-    return ys, total[-1] - start, solution.result, solution.stats["num_steps"]
+    return ys, total[-1] - start[1], solution.result, solution.stats["num_steps"]
 
 
 def _excess(key: PRNGKeyArray, path: _Path, taus: Array, ys: Array) -> Array:
@@ -178,7 +205,7 @@ def _log_prob(
     lams = jnp.asarray(plan.nodes)
     noise = None if key is None else stream(key, PROBES)
     probes = noise if trace.stochastic else None
-    path = _Path(denoiser, trace, cond, probes, lams if plan.controller is None else None)
+    path = _Path(denoiser, trace, cond, probes)
     taus = None
     if debias:
         assert noise is not None
@@ -241,13 +268,11 @@ def log_prob(
 
     What to choose: `ExactTrace()` up to some tens of dimensions; `Hutchinson(probes=...)` on a
     fixed grid beyond; a trained `TraceHead` where there is one, with `debias` to remove its bias.
-
-    On a fixed grid each *step* draws fresh probes, whose errors average out. One Rademacher probe
-    and 100 steps of Tsit5 on a mixture in 8 dimensions leave a standard deviation of 0.51 nats;
-    fresh probes in every stage leave 2.2, and one probe kept along the path 2.3. It falls as one
-    over the root of the number of steps, so low orders do well: at 400 evaluations Heun leaves
-    0.35, Dopri8 0.86. A controller needs a smooth right-hand side, so there the probes are kept:
-    take several, or average several keys.
+    On a fixed grid each step draws fresh probes (and so evaluates its first stage anew), whose
+    errors average out: one probe on an 8-dimensional mixture left a standard deviation of 2.3 nats
+    when kept along the path, and 0.5 when drawn anew in each of 100 steps. An adaptive solver needs
+    a smooth right-hand side and keeps its probes, so average several of them there. Many small
+    steps beat a high order: the probes' error falls as one over the root of the number of *steps*.
 
     Random-time debiasing, `debias=M`, makes any deterministic estimate $r_\theta$ unbiased:
 
@@ -328,9 +353,25 @@ def log_prob(
     if terminal is not None and not isinstance(terminal, exact.AbstractExact):
         expected = "an exact denoiser, as exact.gaussian(process, mean, cov)"
         raise _check.bad("log_prob", "terminal", expected, repr(terminal))
+    if terminal is not None:
+        _same_path(denoiser.process, terminal.process, plan.ts[0])
     if trace.stochastic or debias or key is not None:
         key = _check.key("log_prob", "key", key)
     return _log_prob_jit(key, denoiser, x, plan, trace, cond, terminal, debias)
+
+
+def _same_path(process: AbstractProcess, other: AbstractProcess, t: Any) -> None:
+    """Raise ValueError if another process has another law at time `t`."""
+    if is_concrete(process, other, t):
+        ours, theirs = (host64(_scales, p, np.float64(t)) for p in (process, other))
+        if not np.allclose(ours, theirs, rtol=1e-5):
+            got = f"(alpha, sigma) = {tuple(map(float, theirs))} at t={float(t):g}"
+            expected = f"of the process of denoiser, {tuple(map(float, ours))}"
+            raise _check.bad("log_prob", "terminal", expected, got)
+
+
+def _scales(process: AbstractProcess, t: Any) -> tuple[Any, Any]:
+    return process.alpha(t), process.sigma(t)
 
 
 def _finite_ends(process: AbstractProcess, ts: Any) -> None:

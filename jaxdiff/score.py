@@ -388,8 +388,8 @@ def from_linen(module: Any, variables: PyTree, *, dtype: Any = None, **kwargs: A
         A per-sample network for `Denoiser`.
 
     Raises:
-        ValueError: if `variables` has no `"params"`, or a keyword would make the network random
-            or change its variables (`rngs`, `mutable`).
+        ValueError: if `variables` has no `"params"`, or a keyword would make the network random,
+            change its variables or its kind of output (`rngs`, `mutable`, `features`).
     """
     from flax import linen
 
@@ -399,7 +399,9 @@ def from_linen(module: Any, variables: PyTree, *, dtype: Any = None, **kwargs: A
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise _check.bad("from_linen", "variables", 'a mapping with "params"', got)
     for name, value in kwargs.items():
-        if name in ("rngs", "mutable") or any(map(eqx.is_array, jax.tree.leaves(value))):
+        if name in ("rngs", "mutable", "features") or any(
+            map(eqx.is_array, jax.tree.leaves(value))
+        ):
             expected = "a plain option such as train=False: the network must be deterministic"
             raise _check.bad("from_linen", name, expected, type(value).__name__)
     return _Batched(_Linen(module, variables, tuple(sorted(kwargs.items()))), dtype)

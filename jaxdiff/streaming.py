@@ -129,13 +129,15 @@ def _refinement(
     allowed = _TOLERANCE * x.size * unit
     error = unit * (jnp.sum(x**2) + alpha**2 * jnp.max(squares)) / (2 * sigma**2)
     count = min(_REFINED, len(atoms))
-    top = jnp.maximum(before.top, jnp.max(log_weights))
-    known = before.mass * jnp.exp(before.top - _finite(top))
 
     def more(state: tuple[Array, Array]) -> Array:
         left, correction = state
-        mass = known + jnp.sum(jnp.exp(log_weights + correction - _finite(top)))
-        return error * jnp.sum(jnp.exp(left - _finite(top))) > allowed * mass
+        now = log_weights + correction
+        top = _finite(jnp.maximum(before.top, jnp.max(now)))
+        mass = before.mass * jnp.exp(before.top - top) + jnp.sum(jnp.exp(now - top))
+        # exp(error) - 1 <= min(error, 1) exp(error) bounds the error of a weight
+        rest = jnp.sum(jnp.exp(left - top + error))
+        return jnp.minimum(error, 1.0) * rest > allowed * mass
 
     def refine(state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, correction = state
@@ -176,8 +178,9 @@ def summarise(
         expanded = jnp.sum(x**2) - 2 * alpha * inner + alpha**2 * squares
         log_weights = log_p - expanded / (2 * sigma**2)
         arguments = (alpha, sigma, x, atoms, squares, log_weights, log_p, before)
-        # The correction only undoes round-off: derivatives are those of the expanded form.
-        log_weights += _refinement(*jax.lax.stop_gradient(arguments))
+        # The correction undoes round-off in |x - alpha y|^2, hence is a constant over sigma^2.
+        ratio = jax.lax.stop_gradient(sigma) / sigma
+        log_weights += _refinement(*jax.lax.stop_gradient(arguments)) * ratio**2
     top = jax.lax.stop_gradient(jnp.max(log_weights))  # the result does not depend on it
     weights = jnp.exp(log_weights - _finite(top))
     mass = jnp.sum(weights)
@@ -185,7 +188,12 @@ def summarise(
     counts = weights > 0
     energies = -2 * jnp.where(counts, log_weights - jnp.where(counts, log_p, 0), 0)  # |eps_i|^2
     mean = jnp.matmul(shares, atoms, precision="highest")
-    residual = jnp.sum(shares * energies) - jnp.sum(((x - alpha * mean) / sigma) ** 2)
+    # r = E|eps_i - eps_n|^2 - |eps_n - eps|^2 from the heaviest atom n: no two large numbers
+    nearest = jnp.argmax(weights)
+    noise = (x - alpha * atoms[nearest]) / sigma
+    step = alpha / sigma * (atoms[nearest] - mean)  # eps - eps_n
+    gaps = jnp.where(counts, energies - energies[nearest], 0)
+    residual = jnp.sum(shares * gaps) - jnp.sum(step * (2 * noise + step))
     projections = jnp.matmul(vs, atoms.T, precision="highest")
     along = jnp.sum(shares[None] * projections, axis=-1)
     centred = shares[None] * (projections - along[:, None])
@@ -219,8 +227,9 @@ def posterior(
         log_weights: $\log p_i$, (chunks, chunk); `-inf` marks padding.
 
     Returns:
-        The summary of all atoms. Cost: $4(1 + k) N d$ operations in products of matrices, once the
-        queries are batched; memory is O(chunk d), whatever the number of atoms.
+        The summary of all atoms, NaN where every weight underflows. Cost: $4(1 + k) N d$ operations
+        in products of matrices, once the queries are batched, and at small sigma, where atoms are
+        refined, $O(32 d)$ per round and chunk; memory is O(chunk d), whatever the number of atoms.
     """
     start = nothing(alpha, sigma, x, vs)
 
@@ -229,5 +238,12 @@ def posterior(
         return merge(total, summarise(alpha, sigma, x, vs, chunk, log_p, total)), None
 
     if len(atoms) == 1:
-        return add(start, (atoms[0], log_weights[0]))[0]
-    return jax.lax.scan(add, start, (atoms, log_weights))[0]
+        total = add(start, (atoms[0], log_weights[0]))[0]
+    else:
+        # a reverse derivative keeps summaries, not chunks
+        body = jax.checkpoint(add, prevent_cse=False)
+        total = jax.lax.scan(body, start, (atoms, log_weights))[0]
+    known = total.mass > 0  # else x is so far away that every weight underflows
+    hide = lambda a: jnp.where(known, a, jnp.nan)  # noqa: E731
+    mean, residual, along, products = map(hide, total[2:6])
+    return total._replace(mean=mean, residual=residual, along=along, products=products)

@@ -360,3 +360,8 @@ def test_errors_name_what_was_given(as_users_see_it):
     ]:
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def test_the_trace_must_be_one_number(as_users_see_it):
+    with pytest.raises(ValueError, match=r"isotropic_cov: r must be one number.*got \(2,\)"):
+        isotropic_cov(PROCESSES["VP"], 0.3, jnp.ones(2), jnp.ones(4))

@@ -319,3 +319,20 @@ def test_a_difference_solves_and_has_forward_derivatives():
     operator = lambda x, method: fisher(full, t, x, method=method)  # noqa: E731
     want = solve(operator(x, "exact"), v, shift=5.0, rtol=1e-10)
     np.testing.assert_allclose(solve(operator(x, "fd"), v, shift=5.0), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lowest", [0.5, 1e-3])
+@pytest.mark.parametrize("t", [0.02, 0.3])
+def test_solve_in_float32_at_every_scale_of_the_operator(lowest, t, defaults):
+    d, path = 784, PROCESSES["VP"]
+    denoiser = exact.gaussian(path, jnp.zeros(d), jnp.linspace(lowest, 1, d))
+    v = jnp.asarray(np.random.default_rng(0).normal(size=d), jnp.float32)
+    cov = posterior_cov(denoiser, t, jnp.zeros(d))
+    residual = cov.mv(solve(cov, v)) - v
+    assert jnp.linalg.norm(residual) < 1e-3 * jnp.linalg.norm(v)
+
+
+def test_no_operator_is_named(as_users_see_it):
+    for call in (trace, lambda a: solve(a, jnp.ones(3))):
+        with pytest.raises(ValueError, match="operator must be a lineax linear operator, got A"):
+            call(jnp.eye(3))

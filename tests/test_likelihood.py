@@ -396,3 +396,28 @@ def test_dequantising_is_uniform():
     u = np.asarray(dequantise(KEY, jnp.zeros((100, 50)), 3.0)).ravel() / 3 + 0.5
     assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
     assert dequantise(KEY, jnp.zeros(2, jnp.float32), 1.0).dtype == jnp.float32
+
+
+def test_the_law_at_the_end_must_be_of_the_same_path(as_users_see_it):
+    unit, other = (
+        jd.exact.gaussian(p, jnp.zeros(2), 1.0) for p in (VP, jd.process.EDM(sigma_max=20.0))
+    )
+    with pytest.raises(ValueError, match="terminal must be of the process of denoiser"):
+        log_prob(unit, jnp.zeros(2), ts=VP.grid(8), terminal=other)
+
+
+def test_all_stages_of_a_step_share_their_probes():
+    # a stage at the end of a step of Tsit5 has weight 2.3: fresh probes there would dominate
+    denoiser = jd.exact.gaussian(VP, jnp.zeros(2), jnp.array([[1.0, 0.8], [0.8, 1.0]]))
+    ts, keys = VP.grid(8, "logsnr"), jax.random.split(jax.random.key(0), 400)
+
+    def spread(solver):
+        one = lambda key: (
+            log_prob(  # noqa: E731
+                denoiser, jnp.ones(2), ts=ts, solver=solver, trace=Hutchinson(1), key=key
+            ).log_prob
+        )
+        return jnp.std(jax.jit(jax.vmap(one))(keys))
+
+    low, high = spread(dfx.Midpoint()), spread(dfx.Tsit5())
+    assert high < 2 * low, (low, high)

@@ -630,7 +630,7 @@ def test_check_reads_results_of_any_rank_and_nothing_else():
     many_keys = jax.vmap(lambda k: jd.sample(k, bad, (2,), num=2, solver=DDIM(), ts=TS))(keys)
     with pytest.raises(RuntimeError, match=r"6 of 6 samples failed.*detected during solve. \(6"):
         jd.check(many_keys)
-    with pytest.raises(ValueError, match="samples must be a result of draw or sample"):
+    with pytest.raises(ValueError, match="samples must be a result of draw, sample or log_prob"):
         jd.check(jnp.ones(2))
     with pytest.raises(ValueError, match="call it outside jit"):
         jax.jit(lambda k: jd.check(jd.draw(k, MIX, (2,), solver=DDIM(), ts=TS)).x)(KEY)

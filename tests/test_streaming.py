@@ -221,3 +221,45 @@ def test_queries_and_atoms_meet_in_matrix_products_only():
     # differences of all queries and atoms of a chunk would be batch * chunk * d numbers
     batch, d, chunk = 64, 64, 1024
     assert temporary(4 * chunk, batch, chunk=chunk) < batch * chunk * d
+
+
+def test_the_residual_is_right_far_from_the_data():
+    rng = np.random.default_rng(5)
+    atoms, direction = (rng.normal(size=shape) for shape in ((100, 64), (64,)))
+    for reach, sigma in ((10, 0.1), (100, 10.0), (1000, 1.0)):
+        parts = (1.0, sigma, reach * direction, np.zeros((0, 64)), atoms, np.zeros(100))
+        low = jax.tree.map(np.float32, parts)
+        wide = jax.tree.map(np.float64, low)
+        noise = (wide[2] - wide[4]) / wide[1]
+        w = scipy.special.softmax(-0.5 * (noise**2).sum(1))
+        r = w @ ((noise - (w @ noise)[None]) ** 2).sum(1)
+        assert abs(whole(low, 32).residual - r) < 1e-2 * r + 1e-5
+
+
+def test_the_derivative_with_respect_to_sigma_survives_cancellation():
+    rng = np.random.default_rng(6)
+    atoms, noise = rng.uniform(-1, 1, (50, 400)).astype(np.float32), rng.normal(size=400)
+    denoiser = exact.empirical(PROCESSES["EDM"], atoms)
+    for sigma in (0.002, 0.02):  # sigma d log q / d sigma = |eps|^2 - d by one atom
+        x = jnp.asarray(atoms[3] + sigma * noise, jnp.float32)
+        slope = jax.grad(lambda t, x=x: denoiser.log_density(t, x))(jnp.float32(sigma))
+        eps = (np.float64(x) - atoms[3]) / np.float64(np.float32(sigma))
+        np.testing.assert_allclose(sigma * slope, (eps**2).sum() - 400, rtol=1e-4, atol=1e-2)
+
+
+def test_where_every_weight_underflows_nothing_is_known():
+    denoiser = exact.empirical(PROCESSES["EDM"], np.ones((3, 64), np.float32))
+    known = denoiser.posterior(np.float32(0.002), np.full(64, 1e17, np.float32))
+    assert known.log_density == -np.inf
+    assert np.isnan(known.mean).all() and np.isnan(known.residual)
+
+
+def test_a_reverse_derivative_keeps_no_chunk():
+    def temporary(n):
+        denoiser = exact.empirical(PROCESSES["VP"], jnp.zeros((n, 64), jnp.float32), chunk=128)
+        x = jnp.zeros(64, jnp.float32)
+        grad = jax.jit(jax.grad(lambda x, d: jnp.sum(d(0.5, x) ** 2)))
+        return grad.lower(x, denoiser).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(128 * 16), temporary(128 * 256)
+    assert large - small < 240 * 4 * 64 * 8  # a few vectors for each chunk, not the chunk

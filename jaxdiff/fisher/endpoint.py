@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff import _check
 from jaxdiff._types import Cond, Scalar, ScalarLike
 from jaxdiff.fisher.lowrank import DiagLowRank
+from jaxdiff.fisher.operators import is_operator
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
@@ -94,6 +95,11 @@ def endpoint_cov(
     return DiagLowRank(zero, (y - m)[None], one, tags)
 
 
+def _one(where: str, r: Any) -> None:
+    if jnp.ndim(r) != 0:
+        raise _check.bad(where, "r", "one number, (); average the estimates", jnp.shape(r))
+
+
 def isotropic_cov(
     process: AbstractProcess, t: ScalarLike, r: ScalarLike, x: Float[ArrayLike, "*dims"]
 ) -> DiagLowRank:
@@ -114,6 +120,7 @@ def isotropic_cov(
         estimate of r may be negative.
     """
     x = floating(x)
+    _one("isotropic_cov", r)
     shift = jnp.asarray(jnp.exp(-2 * process.lam(t)) * r / x.size, x.dtype)
     # one factor of weight 0: linear algebra on empty matrices is not defined everywhere
     return DiagLowRank(shift, jnp.zeros((1, *x.shape), x.dtype), jnp.zeros((1,), x.dtype))
@@ -160,6 +167,7 @@ def gated_cov(
         ValueError: if `y` or `m` is not of the shape of `x`, or `sigma_lo` not in [0, 1].
     """
     _check.number("gated_cov", "sigma_lo", sigma_lo, 0, 1)
+    _one("gated_cov", r)
     y, m = _mean("gated_cov", denoiser, t, x, y, cond, m)
     process, e = denoiser.process, y - m
     alpha, sigma, snr = process.alpha(t), process.sigma(t), process.snr(t)
@@ -190,6 +198,7 @@ def fisher_of(
     References:
         Wang et al. 2025 (2505.23264), outer-product form of the Fisher.
     """
+    is_operator("fisher_of", cov)
     snr, scale = process.snr(t), process.sigma(t) ** 2
     structure = cov.in_structure()
     if isinstance(cov, DiagLowRank):

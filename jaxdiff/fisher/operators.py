@@ -20,7 +20,8 @@ or, where the data are known, a weighted sum of outer products: never a Hessian.
 | `"neighbours"`, a data set | O(k d) for the k heaviest atoms | 2 passes | none | yes |
 | `"lanczos"` | O(k d) | k products (exact, or symmetrised jvp) | as those | yes |
 
-The first five are $F$ itself (`"fd"` to about half the digits), the last two low-rank
+The first five are $F$ itself (`"fd"` to about half the digits that
+`x` has beside $\sigma$), the last two low-rank
 approximations of $R$, which leave the rest of $F$ isotropic: `lowrank.neighbours` bounds what is
 left out, `spectrum.eigsh` shows how far the iteration has come. Their operators are `DiagLowRank`,
 for which `solve`, `diagonal` and `logdet` are exact.
@@ -64,6 +65,21 @@ class _Jvp(eqx.Module):
         return 0.5 * (forward + jax.vjp(eps, self.x)[1](v)[0])
 
 
+def difference_step(sigma: ScalarLike, x: Array, eps: Array, v: Array) -> Array:
+    r"""Return the factor of `v` in a forward difference of a denoiser at `x`, ().
+
+    The step has the length $\sigma\sqrt{d\,u\max(1, s/\sigma)}$, $u$ being the round-off and $s$
+    the size of a number in `x` or in its signal $x - \sigma\hat\epsilon$: there the error of
+    truncation balances that of rounding, which is $u\max(1, s/\sigma)$ in $\hat\epsilon$.
+    """
+    size = lambda a: jnp.sqrt(jnp.mean(a**2))  # noqa: E731
+    scale = jnp.maximum(size(x), size(x - sigma * eps))
+    unit = jnp.finfo(v.dtype).eps * jnp.maximum(1, scale / sigma)
+    norm = jnp.linalg.norm(v)
+    step = sigma * jnp.sqrt(v.size * unit) / jnp.where(norm > 0, norm, 1)
+    return jnp.asarray(step, v.dtype)
+
+
 class _Difference(eqx.Module):
     r"""$v \mapsto J v$ by one forward difference, along $v$ at a length of its own."""
 
@@ -74,11 +90,7 @@ class _Difference(eqx.Module):
     eps: Array
 
     def __call__(self, v: Array) -> Array:
-        norm = jnp.linalg.norm(v)
-        # sqrt(round-off) times the length of the noise: truncation and rounding errors balance
-        length = self.denoiser.process.sigma(self.t) * jnp.sqrt(v.size * jnp.finfo(v.dtype).eps)
-        length = length.astype(v.dtype)
-        step = length / jnp.where(norm > 0, norm, 1)
+        step = difference_step(self.denoiser.process.sigma(self.t), self.x, self.eps, v)
         moved = self.denoiser.eps(self.t, self.x + step * v, self.cond)
         return (moved - self.eps) / step
 
@@ -131,6 +143,14 @@ def _affine(inner: DiagLowRank, a: Any, b: Any, *tags: object) -> DiagLowRank:
     """Return `a I + b A`."""
     a, b = (jnp.asarray(c, inner.weights.dtype) for c in (a, b))
     return DiagLowRank(a + b * inner.shift, inner.factors, b * inner.weights, frozenset(tags))
+
+
+def is_operator(where: str, operator: Any) -> None:
+    """Raise ValueError unless `operator` is a square lineax operator."""
+    if not isinstance(operator, lx.AbstractLinearOperator):
+        raise _check.bad(where, "operator", "a lineax linear operator", type(operator).__name__)
+    if operator.in_structure() != operator.out_structure():
+        raise _check.bad(where, "operator", "square", operator.out_structure().shape)
 
 
 def _known(
@@ -298,6 +318,7 @@ def diagonal(
     References:
         Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a matrix".
     """
+    is_operator("diagonal", operator)
     structure = operator.in_structure()
     shape, dtype, d = structure.shape, structure.dtype, structure.size
     if probes is None:
@@ -324,8 +345,8 @@ def solve(
     *,
     shift: ScalarLike = 0.0,
     solver: lx.AbstractLinearSolver | None = None,
-    rtol: float = 1e-6,
-    atol: float = 1e-6,
+    rtol: float | None = None,
+    atol: float | None = None,
     max_steps: int | None = None,
 ) -> Float[Array, "*dims"]:
     r"""Solve $(A + \delta I)\,s = v$ by products alone.
@@ -339,8 +360,9 @@ def solve(
         v: right-hand side, (*dims,).
         shift: $\delta$, not negative for a positive semidefinite operator.
         solver: a lineax solver instead of the default.
-        rtol: relative tolerance of the default solver.
-        atol: absolute tolerance of the default solver.
+        rtol: relative tolerance of the default solver; 1e-6 in float64 and 1e-4 below by default.
+        atol: absolute tolerance of the default solver, for $(A + \delta I)/q$ with
+            $q = |(A + \delta I)v|/|v|$; `rtol` by default.
         max_steps: bound on the iterations; `10 d` by default.
 
     Returns:
@@ -348,17 +370,26 @@ def solve(
         raise inside jit. Reverse-mode derivatives need a symmetric operator or one that can be
         transposed, as those of `"fd"` cannot.
     """
+    is_operator("solve", operator)
     v = floating(v)
+    if v.shape != operator.in_structure().shape:
+        raise _check.bad("solve", "v", f"of shape {operator.in_structure().shape}", v.shape)
     if isinstance(operator, DiagLowRank) and solver is None:
         return woodbury(operator, v, shift)
     symmetric, tags = lx.is_symmetric(operator), _tags(operator)
     if solver is None:
         steps = 10 * v.size if max_steps is None else max_steps
+        rtol = (1e-6 if jnp.finfo(v.dtype).bits > 32 else 1e-4) if rtol is None else rtol
+        atol = rtol if atol is None else atol
         method = lx.CG if lx.is_positive_semidefinite(operator) else lx.GMRES
         solver = method(rtol=rtol, atol=atol, max_steps=steps)
 
     def run(product: Any, v: Array) -> Array:
-        out = lx.linear_solve(_operator(product, v, *tags), v, solver, throw=False)
+        # In units of the operator: what lineax takes for a breakdown is not scale-free.
+        unit = jnp.linalg.norm(product(v)) / jnp.linalg.norm(v)
+        unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1).astype(v.dtype)
+        scaled = _operator(_Scaled(product, 0.0, 1 / unit), v, *tags)
+        out = lx.linear_solve(scaled, v / unit, solver, throw=False)
         return jnp.where(out.result == lx.RESULTS.successful, out.value, jnp.nan)
 
     # The derivatives that lineax itself would take raise where their own solves fail.

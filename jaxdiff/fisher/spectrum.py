@@ -261,4 +261,10 @@ def intrinsic_dimension(
         related estimate from the clean sample.
     """
     estimator = ExactTrace() if estimator is None else estimator
+    for name, value, kind in (
+        ("denoiser", denoiser, AbstractDenoiser),
+        ("estimator", estimator, AbstractTrace),
+    ):
+        if not isinstance(value, kind):
+            raise _check.bad("intrinsic_dimension", name, f"an {kind.__name__}", repr(value))
     return jnp.mean(estimator(denoiser, t, x, cond, key)[2])
