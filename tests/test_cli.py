@@ -82,6 +82,9 @@ def test_the_demo_from_end_to_end(tmp_path):
     report = json.loads((out / "metrics.json").read_text())
     entries = {entry["name"]: entry for entry in report["entries"]}
     assert len(entries) == 9
+    assert "bits/dim" in first.stdout and len(report["likelihoods"]) == 5
+    bits = {entry["name"]: entry["bits_per_dim"] for entry in report["likelihoods"]}
+    assert abs(bits["Hutchinson, 4 probes"] - bits["Hutchinson, 1 probe"]) < 0.2
     assert entries["memoriser, 20 steps"]["nearest"] < 0.3 < report["held_out_nearest"]
     assert all((out / name).stat().st_size > 5000 for name in ("samples.png", "trajectory.png"))
 

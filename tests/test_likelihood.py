@@ -412,11 +412,10 @@ def test_all_stages_of_a_step_share_their_probes():
     ts, keys = VP.grid(8, "logsnr"), jax.random.split(jax.random.key(0), 400)
 
     def spread(solver):
-        one = lambda key: (
-            log_prob(  # noqa: E731
-                denoiser, jnp.ones(2), ts=ts, solver=solver, trace=Hutchinson(1), key=key
-            ).log_prob
-        )
+        def one(key):
+            options = dict(ts=ts, solver=solver, trace=Hutchinson(1), key=key)
+            return log_prob(denoiser, jnp.ones(2), **options).log_prob
+
         return jnp.std(jax.jit(jax.vmap(one))(keys))
 
     low, high = spread(dfx.Midpoint()), spread(dfx.Tsit5())
