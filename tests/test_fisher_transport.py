@@ -158,18 +158,92 @@ def test_asymmetry_of_the_flow_over_200_draws():
 BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 
 
-@pytest.mark.parametrize("steps, sign, want", [(20, -1, 0.110), (20, 1, 0.190), (200, 1, 0.252)])
-def test_the_values_of_the_published_script(steps, sign, want):
-    path = jd.process.Discrete(BETAS)
-    nodes = np.round(np.linspace(999, 0, steps))  # `steps` nodes: it stops before alpha = 1
-    script = functools.partial(ddim_jacobian, rule="euler", sign=sign)
-    outcome = lambda data: transport_test(  # noqa: E731
-        jax.random.key(1), exact.empirical(path, data), (2,), num=200, ts=nodes, jacobian=script
+class SubVPBranch(jd.process.Discrete):
+    """The script's "sub-VP": alpha, sigma and f of VP, g^2 discounted with the betas swapped."""
+
+    def g2(self, t):
+        u, noisy, clean = jnp.asarray(t) / 1000, 1000 * BETAS[-1], 1000 * BETAS[0]
+        return super().g2(t) * -jnp.expm1(-2 * noisy * u - (clean - noisy) * u**2)
+
+
+class Root(jd.process.AbstractProcess):
+    """The script's "VE": alpha = 1, sigma^2 = t."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def log_alpha(self, t):
+        return jnp.zeros_like(jnp.asarray(t, float))
+
+    def log_sigma(self, t):
+        return 0.5 * jnp.log(t)
+
+
+SCRIPT = {  # the process, indices of the script per unit of its time, mean by (steps, sign)
+    "VP": (
+        jd.process.Discrete(BETAS),
+        1,
+        {(20, -1): 0.110, (20, 1): 0.190, (200, 1): 0.252, (1000, 1): 0.239},
+    ),
+    "sub-VP": (
+        SubVPBranch(BETAS),
+        1,
+        {(20, -1): 0.092, (20, 1): 0.140, (200, 1): 0.165, (1000, 1): 0.159},
+    ),
+    "VE": (
+        Root(),
+        1000,
+        {(20, -1): 0.119, (20, 1): 0.184, (200, 1): 0.257, (1000, 1): 0.244},
+    ),
+    "EDM": (jd.process.EDM(sigma_min=0.0, sigma_max=1.0), 1000, {(20, -1): 0.258}),
+}
+
+
+def script(name, steps, sign, data=NON_AFFINE, cut=None):
+    """The published test on its own grid: `steps` nodes, so that it stops before alpha = 1."""
+    path, scale, _ = SCRIPT[name]
+    denoiser, ts = exact.empirical(path, data), np.round(np.linspace(999, 0, steps)) / scale
+    rule = functools.partial(ddim_jacobian, rule="euler", sign=sign)
+    key = jax.random.key(1)
+    return transport_test(key, denoiser, (2,), num=200, ts=ts[:cut], jacobian=rule)
+
+
+@pytest.mark.parametrize(
+    "name, steps, sign",
+    [
+        pytest.param(name, *column, marks=[pytest.mark.slow] if column[0] == 1000 else [])
+        for name, (_, _, table) in SCRIPT.items()
+        for column in table
+    ],
+)
+def test_the_values_of_the_published_script(name, steps, sign):
+    table = SCRIPT[name][2]
+    out = script(name, steps, sign).off_diagonal
+    # the table averages 200 draws too, of its own, and is rounded to three digits
+    bound = 4 * 2**0.5 * out.error + 5e-4
+    assert abs(out.mean - table[steps, sign]) < bound
+    if (steps, -sign) in table:  # and the signs are told apart
+        assert abs(out.mean - table[steps, -sign]) > bound
+    if steps == 20:
+        assert script(name, steps, sign, AFFINE).off_diagonal.largest == 0
+
+
+def test_a_step_of_the_script_onto_clean_data_leaves_round_off():
+    r"""With sigma = t Euler's last step is A <- R A, and R = sum_{i<j} w_i w_j v v^T / sigma^2."""
+    before, out = script("EDM", 20, 1, cut=-1).flow, script("EDM", 20, 1).flow
+    sigma, Y = np.round(np.linspace(999, 0, 20))[-2] / 1000, np.asarray(NON_AFFINE)
+    away = np.asarray(before.x)[:, None] - Y
+    w = np.exp(-np.sum(away**2, axis=2) / (2 * sigma**2))
+    w /= np.sum(w, axis=1, keepdims=True)
+    R = sum(
+        w[:, i, None, None] * w[:, j, None, None] * np.outer(Y[i] - Y[j], Y[i] - Y[j])
+        for i, j in ((0, 1), (0, 2), (1, 2))
     )
-    out = outcome(NON_AFFINE).off_diagonal
-    assert abs(out.mean - want) < 4 * out.error + 5e-4
-    assert out.error < 0.02  # so that the signs are told apart
-    assert outcome(AFFINE).off_diagonal.largest == 0
+    want = R / sigma**2 @ np.asarray(before.jacobian)
+    np.testing.assert_allclose(out.jacobian, want, rtol=0, atol=1e-12 * np.max(np.abs(want)))
+    # of most draws nothing is left but the rounding of 1 - 1, whose index has no meaning
+    assert np.median(np.max(np.abs(want), axis=(1, 2))) < 1e-15
+    assert np.max(np.abs(script("EDM", 200, 1).flow.jacobian)) < 1e-15
 
 
 def test_the_published_sign_repels_where_the_flow_contracts():

@@ -1,5 +1,6 @@
 """Second-order information of a denoiser, without Hessians."""
 
+from jaxdiff import streaming
 from jaxdiff.fisher import transport
 from jaxdiff.fisher.endpoint import (
     endpoint_bound,
@@ -45,6 +46,7 @@ __all__ = [
     "neighbours",
     "posterior_cov",
     "solve",
+    "streaming",
     "trace",
     "transport",
 ]
