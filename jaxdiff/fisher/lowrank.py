@@ -20,7 +20,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import INIT, PROBES, Scalar, ScalarLike, is_concrete, stream, time_dtype
+from jaxdiff._types import INIT, PROBES, Scalar, ScalarLike, stream, time_dtype
 from jaxdiff.score import floating
 from jaxdiff.streaming import widen
 
@@ -254,7 +254,8 @@ def neighbours(
         denoiser: built by `jaxdiff.exact.empirical`.
         t: time with sigma > 0, ().
         x: where, (*dims,).
-        rank: how many atoms to keep, at most as many as there are.
+        rank: how many atoms to keep, at most as many as there are in whole chunks; those without
+            weight, such as padding, change nothing.
 
     Returns:
         `Neighbours`: the operator (float32 or wider), the dropped mass and the bound, in units of
@@ -269,8 +270,7 @@ def neighbours(
     _check.whole("neighbours", "rank", rank, 1)
     weigh = _query("neighbours", denoiser, t, x)
     chunks, chunk, d = denoiser.atoms.shape
-    known = is_concrete(denoiser.log_weights)
-    if rank > (jnp.sum(denoiser.log_weights > -jnp.inf) if known else chunks * chunk):
+    if rank > chunks * chunk:
         raise _check.bad("neighbours", "rank", "at most the number of atoms", rank)
     kept = jax.lax.stop_gradient(_heaviest(denoiser, weigh, rank))
     log_p = denoiser.log_weights.reshape(-1)[kept]
