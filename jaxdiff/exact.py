@@ -57,7 +57,7 @@ class AbstractExact(AbstractDenoiser):
 
         $$ r = E|\epsilon - \hat\epsilon|^2, \qquad C v = E[(x_0 - m)\,(x_0 - m)\cdot v] $$
 
-        By sums of centred outer products: no derivative, and nothing is got by subtraction.
+        By sums of centred outer products: no derivative, no difference of raw second moments.
 
         Args:
             t: time with sigma > 0, ().

@@ -123,7 +123,8 @@ def _refinement(
 
     That form is a product of matrices, but loses $\delta = u\,(|x|^2 + \alpha^2|y|^2)/2\sigma^2$
     to round-off $u$, which at small sigma is fatal. There few atoms carry the mass: the heaviest
-    are computed again from differences, until $\delta$ times the mass of the rest is negligible.
+    are computed again from differences, until what $\delta$ can do to the mass of the rest,
+    $\min(\delta, 1)\,e^\delta$ times it, is negligible.
     """
     unit = jnp.finfo(x.dtype).eps
     allowed = _TOLERANCE * x.size * unit
