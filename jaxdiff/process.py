@@ -184,15 +184,18 @@ class AbstractProcess(eqx.Module):
         *,
         t_start: ScalarLike | None = None,
         t_end: ScalarLike | None = None,
+        **options: Any,
     ) -> Float[np.ndarray | Array, " nodes"]:
         """Build a strictly decreasing grid of `n` steps: see `jaxdiff.grids.make`.
+
+        The options are those of the kind, as `rho` of `"edm"`.
 
         Example:
             >>> VP().grid(2)
             array([1.    , 0.5005, 0.001 ])
         """
         kind = self.default_grid if kind is None else kind
-        return grids.make(self, n, kind, t_start=t_start, t_end=t_end)
+        return grids.make(self, n, kind, t_start=t_start, t_end=t_end, **options)
 
 
 class _LinearBeta(AbstractProcess):
@@ -426,8 +429,7 @@ class Discrete(AbstractProcess):
 
     and $\log\alpha$ is linear in between. Time is the index that published networks were trained
     with, $t \in [0, N - 1]$; the step from index 0 to clean data is `denoise=True` of `draw`.
-    Nodes that the network needs as integers come from `grid(..., t_start=..., t_end=...)` rounded,
-    or from any array of indices.
+    Nodes that the network needs as integers come from `grids.discrete` or any array of indices.
 
     Args:
         betas: variances of the N forward steps, (N,), inside (0, 1).

@@ -4,15 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers import PROCESSES
 
 from jaxdiff import grids
-from jaxdiff.process import EDM, VE, VP, AbstractProcess, Cosine, Rectified
+from jaxdiff.process import EDM, VE, VP, AbstractProcess, Cosine, Discrete, Rectified
 
 STEPS = (1, 2, 5, 50, 1000)
 # Rectified has infinite log-SNR at both ends: kinds that are uniform in it cannot start there.
 ENDLESS = [("Rectified", "logsnr"), ("Rectified", "edm")]
-PAIRS = [(name, kind) for name in PROCESSES for kind in grids.KINDS if (name, kind) not in ENDLESS]
+ANALYTIC = [*grids.LAWS, "beta", "logitnormal"]  # the kinds that need no table
+PAIRS = [(name, kind) for name in PROCESSES for kind in grids.LAWS if (name, kind) not in ENDLESS]
+PAIRS += [(name, kind) for name in ("VP", "EDM") for kind in ("beta", "logitnormal")]
+# Latent diffusion: sqrt(beta) is linear.
+LATENT = Discrete(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
 class Trigonometric(AbstractProcess):
@@ -121,20 +126,141 @@ def test_kinds_are_one_law_of_sbar_on_all_processes():
         np.testing.assert_allclose(ours[0], ours[1], rtol=1e-11)
 
 
+def test_powers_and_rates_of_the_kinds():
+    close(Rectified().grid(8, "quadratic", power=3), (1 - np.arange(9) / 8) ** 3)
+    close(VP().grid(8, "quadratic", power=1), VP().grid(8))
+    # k-diffusion's law: log sigma linear in (1 - u)^r.
+    u, low, high = np.arange(9) / 8, np.log(0.002), np.log(80)
+    close(EDM().grid(8, "logsnr", power=3), np.exp(low + (1 - u) ** 3 * (high - low)))
+    # As rho grows the power law becomes the logarithmic one, with an error of order 1/rho.
+    limit = [
+        np.max(np.abs(np.log(EDM().grid(8, "edm", rho=r) / EDM().grid(8, "logsnr"))))
+        for r in (1e4, 1e6)
+    ]
+    np.testing.assert_allclose(limit, np.log(80 / 0.002) ** 2 / 8 / np.array([1e4, 1e6]), rtol=1e-3)
+    # c only rescales the noise.
+    scaled = EDM(sigma_min=0.004, sigma_max=160.0).grid(8, "cosine")
+    close(EDM().grid(8, "cosine", c=0.5), scaled / 2)
+
+
+def test_beta_and_logitnormal_are_quantiles():
+    path = VP()
+    close(path.grid(9, "beta", a=1, b=1), path.grid(9))
+    close(path.grid(9, "beta") + path.grid(9, "beta")[::-1], path.t_max + path.t_min)
+    u = np.arange(8) / 7
+    span = path.t_max - path.t_min
+    beta = scipy.stats.beta(0.8, 0.5).ppf(1 - u)
+    np.testing.assert_allclose(
+        path.grid(7, "beta", a=0.8, b=0.5), path.t_min + span * beta, rtol=1e-11
+    )
+    flow = Rectified().grid(7, "logitnormal", mu=0.4, s=1.3)
+    np.testing.assert_allclose(
+        scipy.stats.norm(0.4, 1.3).cdf(np.log(flow[1:-1] / (1 - flow[1:-1]))), 1 - u[1:-1]
+    )
+
+
+# --- Tables. -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", grids.PUBLISHED)
+def test_published_tables(name):
+    levels = np.array(grids.PUBLISHED[name])
+    n = len(levels) - 1
+    assert np.all(np.diff(levels) < 0)
+    np.testing.assert_array_equal(grids.interpolate(levels, n), levels)
+    path = EDM(sigma_min=0.001, sigma_max=1000.0)
+    close(path.grid(n, name), levels)
+    close(np.log(path.grid(2 * n, name)[1:-1:2]), np.log(levels[1:] * levels[:-1]) / 2)
+    close(path.grid(2 * n, name)[::2], levels)
+
+
+@pytest.mark.parametrize(
+    "name,indices",
+    [
+        ("ays-sd15", [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]),
+        ("ays-sdxl", [999, 845, 730, 587, 443, 310, 193, 116, 53, 13]),
+    ],
+)
+def test_tables_fall_on_the_published_indices_of_latent_diffusion(name, indices):
+    ts = LATENT.grid(10, name)
+    assert ts[0] == LATENT.t_max and ts[-1] == LATENT.t_min  # 14.615 is 14.6146, rounded
+    np.testing.assert_allclose(ts[:-1], indices, atol=0.75)  # both are rounded
+
+
+def test_a_table_of_ones_own():
+    path = VP()
+    ts = path.grid(2, "levels", levels=[4, 1, 0.25])
+    close(sbar(path, ts), [4, 1, 0.25])
+    close(path.grid(2, "levels", levels=[4, 1, 0.25], t_start=1.0, t_end=0.01), [1, ts[1], 0.01])
+    close(Rectified().grid(2, "levels", levels=[4, 1, 0.25]), [0.8, 0.5, 0.2])
+
+
+# --- Operations on grids. ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spacing,nodes",
+    [
+        ("leading", [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ("trailing", [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        ("linspace", [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+    ],
+)
+def test_spacings_of_discrete_models(spacing, nodes):
+    ts = grids.discrete(LATENT, 10, spacing)
+    assert ts.dtype == np.float64
+    np.testing.assert_array_equal(grids.check(LATENT, ts), nodes)
+    for n in (2, 3, 7, 999, 1000):  # rounding never makes two nodes one
+        np.testing.assert_array_equal(np.diff(grids.discrete(LATENT, n, spacing)) < 0, True)
+
+
+def test_shift():
+    flow = Rectified()
+    t = flow.grid(12)
+    shifted = grids.shift(flow, t, 3.0)
+    close(shifted, 3 * t / (1 + 2 * t))
+    assert shifted[0] == 1 and shifted[-1] == 0
+    close(grids.shift(flow, shifted, 1 / 3), t)
+    path = VP()  # the same law of sbar on any path
+    ts = path.grid(6, "logsnr", t_start=0.7, t_end=0.1)
+    close(sbar(path, grids.shift(path, ts, 2.5)), 2.5 * sbar(path, ts))
+    with pytest.raises(ValueError, match=r"shift: ts, once shifted, must be inside"):
+        grids.shift(path, path.grid(6), 2.5)
+
+
+def test_refine():
+    path = VP()
+    coarse = path.grid(5, "edm")
+    fine = grids.refine(path, coarse)
+    np.testing.assert_array_equal(fine[::2], coarse)  # bitwise
+    np.testing.assert_allclose(
+        sbar(path, fine)[1::2] ** 2, sbar(path, coarse)[1:] * sbar(path, coarse)[:-1], rtol=1e-11
+    )
+    close(grids.refine(path, path.grid(5, "logsnr")), path.grid(10, "logsnr"))
+    # Infinite log-SNR at both ends: half the angle there.
+    for nodes, middles in (([1.0, 0.5, 0.0], [3, 1]), ([1.0, 0.0], [2])):
+        tangent = np.tan(np.pi / 8 * np.array(middles))
+        close(grids.refine(Rectified(), nodes)[1::2], tangent / (1 + tangent))
+    traced = jax.jit(lambda b: grids.refine(VP(beta_max=b), jnp.asarray(coarse)))(20.0)
+    np.testing.assert_allclose(traced, fine, rtol=1e-12)
+
+
 # --- Optimality. ---------------------------------------------------------------------------------
 
 
+C, NOISE = 0.5, EDM(sigma_min=0.02, sigma_max=20.0)
+
+
 def ddim_std_error(s):
-    """Relative error of the standard deviation of DDIM, data N(0, 1), at noise levels s."""
-    gain = np.prod((1 + s[:-1] * s[1:]) / (1 + s[:-1] ** 2))
-    return 1 - gain * np.sqrt((1 + s[0] ** 2) / (1 + s[-1] ** 2))
+    """Relative error of the standard deviation of DDIM, data N(0, C^2), at noise levels s."""
+    gain = np.prod((C**2 + s[:-1] * s[1:]) / (C**2 + s[:-1] ** 2))
+    return 1 - gain * np.sqrt((C**2 + s[0] ** 2) / (C**2 + s[-1] ** 2))
 
 
 @pytest.mark.parametrize("n", [5, 10, 20])
-def test_the_cosine_grid_is_the_best_for_ddim_on_unit_normal_data(n):
-    path = EDM(sigma_min=0.04, sigma_max=40.0)
-    best = path.grid(n, "cosine")
-    angle = np.arctan(40.0) - np.arctan(0.04)
+def test_the_cosine_grid_is_the_best_for_ddim_on_normal_data(n):
+    best = NOISE.grid(n, "cosine", c=C)
+    angle = np.arctan(20 / C) - np.arctan(0.02 / C)
     np.testing.assert_allclose(ddim_std_error(best), 1 - np.cos(angle / n) ** n, rtol=1e-10)
     if n != 10:
         return
@@ -146,16 +272,14 @@ def test_the_cosine_grid_is_the_best_for_ddim_on_unit_normal_data(n):
 
 
 def test_published_error_of_the_cosine_grid():
-    # Data of standard deviation 0.5 on noise levels 20..0.02: unit data on 40..0.04.
-    path = EDM(sigma_min=0.04, sigma_max=40.0)
     table = {
         5: (0.2057, 0.3145, 0.2927),
         10: (0.1076, 0.1705, 0.1583),
         20: (0.0552, 0.0892, 0.0825),
     }
     for n, row in table.items():
-        got = [ddim_std_error(path.grid(n, kind)) for kind in ("cosine", "edm", "logsnr")]
-        np.testing.assert_allclose(got, row, atol=5.1e-5)
+        ours = NOISE.grid(n, "cosine", c=C), NOISE.grid(n, "edm"), NOISE.grid(n, "logsnr")
+        np.testing.assert_allclose([ddim_std_error(ts) for ts in ours], row, atol=5.1e-5)
 
 
 # --- Where a grid is built. ----------------------------------------------------------------------
@@ -185,10 +309,10 @@ def test_a_grid_is_a_constant_of_the_program():
     np.testing.assert_array_equal(seen[0], VP().grid(3))
 
 
-@pytest.mark.parametrize("kind", grids.KINDS)
+@pytest.mark.parametrize("kind", [*ANALYTIC, "ays-sdxl"])
 def test_a_grid_of_a_traced_process(kind):
     def build(beta, start):
-        return VP(beta_max=beta).grid(6, kind, t_start=start)
+        return VP(beta_max=beta).grid(6, kind, t_start=start, t_end=0.001)
 
     traced = jax.jit(build)(18.0, 0.8)
     np.testing.assert_allclose(traced, build(18.0, 0.8), rtol=1e-12)
@@ -318,3 +442,63 @@ def test_a_kind_is_a_name(as_users_see_it, kind):
 def test_an_end_is_a_number(as_users_see_it, name):
     with pytest.raises(ValueError, match=f"grid: .*{name}.*noise"):
         VP().grid(3, **{name: "noise"})
+
+
+@pytest.mark.parametrize(
+    "kind,options,parts",
+    [
+        ("edm", dict(rhos=7), ["kind='edm'", "rho,", "rhos=7"]),
+        ("uniform", dict(rho=7), ["kind='uniform'", "absent", "rho=7"]),
+        ("ays-sd15", dict(levels=[2, 1]), ["kind='ays-sd15'", "absent", "levels="]),
+        ("edm", dict(rho=0.0), ["kind='edm'", "rho", "positive", "0.0"]),
+        ("cosine", dict(c=-1), ["kind='cosine'", "c", "positive", "-1"]),
+        ("beta", dict(a=float("nan")), ["kind='beta'", "a", "nan"]),
+        ("logitnormal", dict(mu=float("inf")), ["kind='logitnormal'", "mu", "finite", "inf"]),
+        ("logitnormal", dict(s="wide"), ["kind='logitnormal'", "s", "'wide'"]),
+        ("logitnormal", dict(s=50.0), ["kind='logitnormal'", "strictly decreasing"]),  # saturates
+        ("levels", {}, ["levels", "kind='levels'", "nothing"]),
+        ("levels", dict(levels=[1.0, 2.0]), ["levels", "decreasing", "[1.0, 2.0]"]),
+        ("levels", dict(levels=[1.0, 0.0]), ["levels", "positive", "[1.0, 0.0]"]),
+        ("levels", dict(levels=[1.0]), ["levels", "(k,)", "(1,)"]),
+        ("levels", dict(levels="low"), ["levels", "array", "low"]),
+        ("levels", dict(levels=[160.0, 1.0]), ["levels", "inside", "152.", "160.0"]),
+        ("levels", dict(levels=[4.0, 1.0, 0.2], t_start=0.1), ["kind='levels'", "decreasing"]),
+    ],
+)
+def test_options_name_what_is_wrong(kind, options, parts):
+    with pytest.raises(ValueError) as error:
+        VP().grid(5, kind, **options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_options_that_are_traced():
+    levels = np.array([4.0, 1.0, 0.25])
+    for kind, options in (("beta", dict(a=0.6)), ("levels", dict(levels=levels))):
+        with pytest.raises(ValueError, match=r"must be concrete|array of noise levels"):
+            jax.jit(lambda o, kind=kind: VP().grid(3, kind, **o))(options)
+    with pytest.raises(ValueError, match="t_start must be given for kind='levels' on a traced"):
+        jax.jit(lambda b: VP(beta_max=b).grid(3, "ays-sd15"))(18.0)
+    rho = jax.jit(lambda rho: EDM().grid(3, "edm", rho=rho))(5.0)
+    np.testing.assert_allclose(rho, EDM().grid(3, "edm", rho=5.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call,parts",
+    [
+        (lambda: grids.discrete(VP(), 5), ["path", "Discrete", "VP"]),
+        (lambda: grids.discrete(LATENT, 1), ["n must", "2", "1"]),
+        (lambda: grids.discrete(LATENT, 1001), ["n must", "1000", "1001"]),
+        (lambda: grids.discrete(LATENT, 5, "middle"), ["spacing", "'trailing'", "'middle'"]),
+        (lambda: grids.interpolate([2.0, 1.0], 0), ["n must", "0"]),
+        (lambda: grids.interpolate([2.0, 3.0], 4), ["levels", "[2.0, 3.0]"]),
+        (lambda: grids.shift(VP(), [0.5, 0.1], 0.0), ["k must", "0.0"]),
+        (lambda: grids.shift(VP(), [0.1, 0.5], 1.0), ["ts", "decreasing"]),
+        (lambda: grids.refine(VP(), [0.1, 0.5]), ["ts", "decreasing"]),
+    ],
+)
+def test_operations_name_what_is_wrong(as_users_see_it, call, parts):
+    with pytest.raises(ValueError) as error:
+        call()
+    for part in parts:
+        assert part in str(error.value)

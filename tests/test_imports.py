@@ -41,6 +41,7 @@ TOP = {
     "diffrax": {"solvers", "sampling", "likelihood", "adjoint", "fisher.transport"} | PROGRAMS,
     "lineax": {"fisher", "adjoint", "inverse", "guidance"},
     "optax": {"train"},
+    "scipy": {"grids"},
     "orbax": {"train"},
     "flax": {"train.nets", "pretrained"},
     "rich": PROGRAMS,
