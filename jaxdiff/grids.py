@@ -3,8 +3,7 @@ r"""Time grids: strictly decreasing times from noise to data, built in float64.
 Notation: `n` steps use `n + 1` nodes $t_0 > t_1 > \dots > t_n$, $u_i = i/n$,
 $\lambda = \log(\alpha/\sigma)$, $\bar\sigma = \sigma/\alpha = e^{-\lambda}$. A grid is natural in
 some variable ($t$, $\lambda$, $\bar\sigma$, an angle) and is mapped to $t$ by the inverse of the
-process. It is a plain array: any strictly decreasing array of the user's own does as well, and so
-do those that `jaxdiff.tuning` fits to a model.
+process. It is a plain array: any strictly decreasing array of the user's own does as well.
 """
 
 import inspect
