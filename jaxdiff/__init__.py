@@ -1,7 +1,23 @@
 """A functional sampling toolkit for score-based models in JAX."""
 
-from jaxdiff import adjoint, exact, fisher, grids, metrics, process, score, solvers, transport
+from jaxdiff import (
+    adjoint,
+    exact,
+    fisher,
+    grids,
+    interpolants,
+    inversion,
+    metrics,
+    pfgm,
+    phase,
+    process,
+    score,
+    solvers,
+    transport,
+    tuning,
+)
 from jaxdiff.adjoint import optimise_noise
+from jaxdiff.inversion import Inverted, invert
 from jaxdiff.likelihood import LogProb, bits_per_dim, dequantise, log_prob
 from jaxdiff.sampling import Samples, check, draw, sample
 from jaxdiff.score import Denoiser
@@ -10,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Denoiser",
+    "Inverted",
     "LogProb",
     "Samples",
     "adjoint",
@@ -20,12 +37,18 @@ __all__ = [
     "exact",
     "fisher",
     "grids",
+    "interpolants",
+    "inversion",
+    "invert",
     "log_prob",
     "metrics",
     "optimise_noise",
+    "pfgm",
+    "phase",
     "process",
     "sample",
     "score",
     "solvers",
     "transport",
+    "tuning",
 ]

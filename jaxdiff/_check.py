@@ -88,3 +88,27 @@ def key(where: str, argument: str, value: Any) -> PRNGKeyArray:
     if "fry" not in impl:
         raise bad(where, argument, "a threefry key (its draws do not depend on batching)", impl)
     return value
+
+
+def needed_key(where: str, value: Any, needed: bool) -> PRNGKeyArray | None:
+    """Return a typed threefry key, or None if none is given and none is needed."""
+    return None if value is None and not needed else key(where, "key", value)
+
+
+def floating_dtype(where: str, dtype: Any) -> Any:
+    """Return a floating dtype, the default float for None."""
+    try:
+        dtype = jnp.result_type(float if dtype is None else dtype)
+    except TypeError:
+        raise bad(where, "dtype", "a floating dtype", repr(dtype)) from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise bad(where, "dtype", "a floating dtype", dtype)
+    return dtype
+
+
+def rows(where: str, argument: str, tree: Any, num: int) -> None:
+    """Raise ValueError unless every leaf has one row for each of `num` samples."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.shape(leaf)[:1] != (num,):
+            got = f"a leaf of shape {jnp.shape(leaf)}"
+            raise bad(where, argument, f"leaves with leading axis num={num}", got)

@@ -56,7 +56,7 @@ def _widen(leaf: Any) -> Any:
     if isinstance(leaf, bool) or not isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)):
         return leaf
     if isinstance(leaf, (float, np.floating)) or jnp.issubdtype(leaf.dtype, jnp.floating):
-        return np.asarray(leaf, np.float64)
+        return np.array(leaf, np.float64)  # a copy, that no trace in another precision has seen
     return leaf
 
 

@@ -52,11 +52,13 @@ class AbstractProcess(eqx.Module):
         t_min: smallest usable time (data side).
         t_max: largest usable time (noise side).
         default_grid: the kind of grid that `grid` builds by default.
+        has_sde: whether the marginals are also those of a reverse SDE.
     """
 
     t_min: eqx.AbstractVar[float]
     t_max: eqx.AbstractVar[float]
     default_grid: ClassVar[str] = "uniform"
+    has_sde: ClassVar[bool] = True
 
     @abc.abstractmethod
     def log_alpha(self, t: ScalarLike) -> Scalar:

@@ -18,9 +18,10 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check
 from jaxdiff._types import INIT, SOLVER, Cond, is_concrete, stream
+from jaxdiff.batching import many
 from jaxdiff.score import AbstractDenoiser
-from jaxdiff.solvers.engine import AbstractGridSolver
-from jaxdiff.solvers.plan import Engine, Options, Plan, plan_solve
+from jaxdiff.solvers.plan import Engine, Options, Plan, evaluations, plan_solve
+from jaxdiff.solvers.reversible import AbstractReversible, Inverted, kind
 from jaxdiff.solvers.terms import (
     AdditiveNoise,
     Clock,
@@ -28,7 +29,9 @@ from jaxdiff.solvers.terms import (
     GridBrownian,
     pf_ode,
     reverse_sde,
+    view,
 )
+from jaxdiff.solvers.travel import ReversibleAdjoint, travel
 
 
 class Samples(eqx.Module):
@@ -38,27 +41,14 @@ class Samples(eqx.Module):
         x: samples, (n, *dims); NaN where the solve failed.
         result: a `diffrax.RESULTS` per sample.
         nfe: denoiser evaluations per sample, (n,); -1 where the solver does not tell.
-        aux: `"trajectory"` (n, nodes, *dims) and `"ts"` (n, nodes) if they were asked for.
+        aux: `"trajectory"` (n, nodes, *dims) and `"ts"` (n, nodes) if they were asked for; and
+            `"pair"` (n, 2, *dims) of a reversible solver, from which `invert` goes back.
     """
 
     x: Float[Array, "..."]
     result: dfx.RESULTS
     nfe: Int[Array, "..."]
     aux: dict[str, Array]
-
-
-def _evaluations(solver: Any, steps: Any) -> Any:
-    """Count denoiser evaluations in `steps` steps; -1 where diffrax does not say."""
-    if isinstance(solver, AbstractGridSolver):
-        return solver.evaluations * steps
-    if isinstance(solver, dfx.Euler):
-        return steps
-    if isinstance(solver, dfx.AbstractSRK) and solver.tableau.is_additive_noise():
-        return len(solver.tableau.b_sol) * steps
-    if isinstance(solver, dfx.AbstractERK) and isinstance(solver.tableau, dfx.ButcherTableau):
-        stages = solver.tableau.num_stages
-        return (stages - 1) * steps + 1 if solver.tableau.fsal else stages * steps
-    return -jnp.ones_like(jnp.asarray(steps))
 
 
 def _terms(denoiser: AbstractDenoiser, plan: Plan, path: Any, cond: Cond) -> Any:
@@ -69,9 +59,22 @@ def _terms(denoiser: AbstractDenoiser, plan: Plan, path: Any, cond: Cond) -> Any
     return dfx.MultiTerm(pf_ode(denoiser, plan.clock, cond), AdditiveNoise(path))
 
 
-def _scan(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+def _begin(plan: Plan, terms: Any, y0: Array, pair: Any) -> Any:
+    """Return the solver's first state; with a pair, one that goes on from it."""
+    state: Any = plan.solver.init(terms, plan.nodes[0], plan.nodes[1], y0, None)
+    return state if pair is None else state._replace(extra=pair)
+
+
+def _travel(plan: Plan, terms: Any, y0: Array, pair: Any) -> tuple[Array, Array, Any, Any, Any]:
+    """Run a reversible solver as `_scan` does, with a derivative that keeps no states."""
+    at, ts = view(terms, plan.nodes[0], plan.nodes[1]), jnp.asarray(plan.nodes)
+    y, pair = travel(plan.solver, at.field.denoiser, at.field.cond, ts, y0, pair)
+    return y, y0[None], dfx.RESULTS.successful, jnp.asarray(len(ts) - 1), pair
+
+
+def _scan(plan: Plan, terms: Any, y0: Array, pair: Any) -> tuple[Array, Array, Any, Any, Any]:
     solver, nodes = plan.solver, plan.nodes
-    state = solver.init(terms, nodes[0], nodes[1], y0, None)
+    state = _begin(plan, terms, y0, pair)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
     def body(carry: tuple[Array, Any], times: tuple[Array, Array]) -> tuple[Any, Array | None]:
@@ -79,23 +82,28 @@ def _scan(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
         y, _, _, state, _ = solver.step(terms, *times, y, None, state, False)
         return (y, state), y if plan.trajectory else None
 
-    (y, _), ys = jax.lax.scan(body, (y0, state), (nodes[:-1], nodes[1:]))
+    (y, state), ys = jax.lax.scan(body, (y0, state), (nodes[:-1], nodes[1:]))
     path = jnp.concatenate([y0[None], ys]) if plan.trajectory else y0[None]
-    return y, path, dfx.RESULTS.successful, jnp.asarray(len(nodes) - 1)
+    pair = state.extra if isinstance(solver, AbstractReversible) else None
+    return y, path, dfx.RESULTS.successful, jnp.asarray(len(nodes) - 1), pair
 
 
-def _diffeqsolve(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, Any]:
+def _diffeqsolve(
+    plan: Plan, terms: Any, y0: Array, pair: Any
+) -> tuple[Array, Array, Any, Any, Any]:
     nodes = jnp.asarray(plan.nodes)
     n = nodes.shape[0] - 1
     if plan.controller is None:
         controller, max_steps = dfx.StepTo(nodes), n
         # one checkpoint per step: diffrax's logarithmic default was measured 2-8x slower
         adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=n)
-        trajectory = dfx.SaveAt(t0=True, steps=True)
+        trajectory: dict[str, Any] = dict(t0=True, steps=True)
     else:
         controller, max_steps = plan.controller, plan.max_steps
         adjoint = dfx.RecursiveCheckpointAdjoint()
-        trajectory = dfx.SaveAt(ts=nodes)
+        trajectory = dict(ts=nodes)
+    paired = isinstance(plan.solver, AbstractReversible)
+    saved: Any = trajectory if plan.trajectory else dict(t1=True)
     solution = dfx.diffeqsolve(
         terms,
         plan.solver,
@@ -103,14 +111,17 @@ def _diffeqsolve(plan: Plan, terms: Any, y0: Array) -> tuple[Array, Array, Any, 
         nodes[-1],
         None,
         y0,
-        saveat=trajectory if plan.trajectory else dfx.SaveAt(t1=True),
+        saveat=dfx.SaveAt(**saved, solver_state=paired),
         stepsize_controller=controller,
         adjoint=adjoint if plan.adjoint is None else plan.adjoint,
         max_steps=max_steps,
+        solver_state=_begin(plan, terms, y0, pair) if paired else None,
         throw=False,
     )
     ys: Any = solution.ys
-    return ys[-1], ys, solution.result, solution.stats["num_steps"]
+    state: Any = solution.solver_state
+    pair = state.extra if paired else None
+    return ys[-1], ys, solution.result, solution.stats["num_steps"], pair
 
 
 def _draw(
@@ -119,11 +130,17 @@ def _draw(
     shape: jax.ShapeDtypeStruct,
     plan: Plan,
     cond: Cond,
-    init: Array | None,
+    init: Array | Inverted | None,
     noise: dfx.AbstractBrownianPath | None,
 ) -> Samples:
+    pair = None
+    if isinstance(init, Inverted):
+        pair, plan = (init.pair[0], init.pair[1]), plan.after(init.step)
     process, ts, nodes = denoiser.process, jnp.asarray(plan.ts), jnp.asarray(plan.nodes)
-    if init is None:
+    if pair is not None:
+        assert isinstance(plan.solver, AbstractReversible)  # by _init
+        x = plan.solver.show(pair[0], plan.solver.rows.c0[0]).astype(shape.dtype)
+    elif init is None:
         x = process.prior(stream(key, INIT), shape.shape, t=ts[0], dtype=shape.dtype)
     else:
         x = jnp.asarray(init, shape.dtype)
@@ -135,10 +152,11 @@ def _draw(
     if ts.shape[0] > 1:
         terms = _terms(denoiser, plan, path, cond)
         solve = _scan if plan.engine == "scan" else _diffeqsolve
+        solve = _travel if isinstance(plan.adjoint, ReversibleAdjoint) else solve
         y0 = (x * plan.scales[0]).astype(x.dtype)
-        y, trajectory, result, steps = solve(plan, terms, y0)
+        y, trajectory, result, steps, pair = solve(plan, terms, y0, pair)
         x = (y / plan.scales[1]).astype(x.dtype)
-    nfe = jnp.asarray(_evaluations(plan.solver, steps))
+    nfe = jnp.asarray(evaluations(plan.solver, steps))
     if plan.denoise:
         m = denoiser(ts[-1], x, cond)
         x = (plan.last[0] * m).astype(x.dtype)
@@ -146,19 +164,30 @@ def _draw(
     bad = (result == dfx.RESULTS.successful) & ~jnp.all(jnp.isfinite(x))
     nonfinite: Any = dfx.RESULTS.nonfinite
     result = dfx.RESULTS.where(bad, nonfinite, result)
-    aux = {}
+    aux = {} if pair is None else {"pair": jnp.stack(pair)}
     if plan.trajectory:
         scales = jax.vmap(lambda t: jnp.asarray(Clock(process, plan.clock).scale(t)))(ts)
         trajectory = jax.vmap(jnp.divide)(trajectory, scales).astype(x.dtype)
         if plan.denoise:
             trajectory = jnp.concatenate([trajectory, x[None]])
             ts = jnp.append(ts, plan.last[1])
-        aux = {"trajectory": trajectory, "ts": ts}
+        aux |= {"trajectory": trajectory, "ts": ts}
     x = jnp.where(result == dfx.RESULTS.successful, x, jnp.nan)
     return Samples(x, result, nfe, aux)
 
 
 _draw_jit = eqx.filter_jit(_draw)
+
+
+def _draw_one(
+    denoiser: AbstractDenoiser,
+    shape: jax.ShapeDtypeStruct,
+    plan: Plan,
+    key: PRNGKeyArray | None,
+    cond: Cond,
+    init: Array | Inverted | None,
+) -> Samples:
+    return _draw(key, denoiser, shape, plan, cond, init, None)
 
 
 def draw(
@@ -169,7 +198,7 @@ def draw(
     solver: dfx.AbstractSolver,
     ts: Real[ArrayLike, " nodes"] | Sequence[Any],
     cond: Cond = None,
-    init: Float[Any, "*dims"] | None = None,
+    init: Float[Any, "*dims"] | Inverted | None = None,
     noise: dfx.AbstractBrownianPath | None = None,
     denoise: bool = False,
     trajectory: bool = False,
@@ -201,7 +230,8 @@ def draw(
         ts: strictly decreasing times inside the process, (nodes,); see `process.grid`. A traced
             grid must not end at sigma = 0 for a solver of diffrax: no clock reaches it.
         cond: condition passed to the network.
-        init: $x_{t_0}$, (*dims,), instead of a draw from the prior.
+        init: $x_{t_0}$, (*dims,), instead of a draw from the prior; or the result of `invert`,
+            with its solver and `ts`, to run the steps that it took back.
         noise: a Brownian path in clock `"u"`, of the shape of the sample, instead of one keyed by
             the grid; under a controller, a `diffrax.VirtualBrownianTree`.
         denoise: finish with one more evaluation, $x = m(t_N, x)$: a step to sigma = 0.
@@ -213,7 +243,8 @@ def draw(
         controller: a diffrax step-size controller, for solvers of diffrax; `ts` then gives the
             two ends and the times of `trajectory`.
         adjoint: a diffrax adjoint, for the diffrax engine; its default has no forward mode, for
-            which pass `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`.
+            which pass `diffrax.ForwardMode()` or `diffrax.DirectAdjoint()`. For a reversible
+            solver in the scan engine, `solvers.ReversibleAdjoint()`.
         max_steps: bound on the steps under a controller.
         dtype: dtype of the sample; the default float.
 
@@ -234,33 +265,31 @@ def draw(
         >>> one.x.shape, int(one.nfe)
         ((2,), 5)
     """
-    shape, dtype = _check.dims("draw", "shape", shape), _dtype("draw", dtype)
+    shape, dtype = _check.dims("draw", "shape", shape), _check.floating_dtype("draw", dtype)
     options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
     plan = plan_solve("draw", denoiser, solver, ts, dtype, options, own_noise=noise is not None)
     if noise is not None and not isinstance(noise, dfx.AbstractBrownianPath):
         raise _check.bad("draw", "noise", "a diffrax Brownian path", type(noise).__name__)
-    init = _init("draw", init, shape)
-    key = _key("draw", key, needed=init is None or (plan.stochastic and noise is None))
+    init = _init("draw", init, shape, plan)
+    key = _check.needed_key("draw", key, needed=init is None or (plan.stochastic and noise is None))
     return _draw_jit(key, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan, cond, init, noise)
 
 
-def _dtype(where: str, dtype: Any) -> Any:
-    try:
-        dtype = jnp.result_type(float if dtype is None else dtype)
-    except TypeError:
-        raise _check.bad(where, "dtype", "a floating dtype", repr(dtype)) from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise _check.bad(where, "dtype", "a floating dtype", dtype)
-    return dtype
-
-
-def _key(where: str, key: Any, needed: bool) -> PRNGKeyArray | None:
-    return None if key is None and not needed else _check.key(where, "key", key)
-
-
-def _init(where: str, init: Any, shape: tuple[int, ...]) -> Array | None:
+def _init(where: str, init: Any, shape: tuple[int, ...], plan: Plan, lead: int = 0) -> Any:
     if init is None:
         return None
+    if isinstance(init, Inverted):
+        solver: Any = plan.solver
+        if not isinstance(solver, AbstractReversible) or kind(solver) != init.method:
+            expected = "the one that `init` was inverted by, with the same options"
+            raise _check.bad(where, "solver", expected, repr(solver))
+        if len(plan.ts) - 1 != init.step + init.steps:
+            expected = f"the {init.step + init.steps + 1} nodes that `init` was inverted along"
+            raise _check.bad(where, "ts", expected, f"{len(plan.ts)} with sigma > 0")
+        expected = (*shape[:lead], 2, *shape[lead:])
+        if init.pair.shape != expected:
+            raise _check.bad(where, "init.pair", f"of shape {expected}", f"{init.pair.shape}")
+        return init
     try:
         init = jnp.asarray(init)
     except (TypeError, ValueError):
@@ -268,37 +297,6 @@ def _init(where: str, init: Any, shape: tuple[int, ...]) -> Array | None:
     if init.shape != shape:
         raise _check.bad(where, "init", f"of shape {shape}", f"shape {init.shape}")
     return init
-
-
-def _chunk(
-    rows: Int[Array, " chunk"],
-    key: PRNGKeyArray | None,
-    denoiser: AbstractDenoiser,
-    shape: jax.ShapeDtypeStruct,
-    plan: Plan,
-    cond: Cond,
-    init: Array | None,
-    start: Any,
-) -> Samples:
-    """Draw the samples of the given rows of this call."""
-
-    def one(row: Array, cond: Cond, init: Array | None) -> Samples:
-        own = None if key is None else stream(key, start + row.astype(jnp.uint32))
-        return _draw(own, denoiser, shape, plan, cond, init, None)
-
-    cond, init = jax.tree.map(lambda a: jnp.asarray(a)[rows], (cond, init))
-    return eqx.filter_vmap(one)(rows, cond, init)
-
-
-_chunk_jit = eqx.filter_jit(_chunk)
-
-
-@eqx.filter_jit
-def _all_chunks(rows: Int[Array, "chunks chunk"], args: tuple[Any, ...]) -> Samples:
-    if rows.shape[0] == 1:
-        return _chunk(rows[0], *args)
-    out = jax.lax.map(lambda r: _chunk(r, *args), rows)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
 
 def sample(
@@ -310,7 +308,7 @@ def sample(
     solver: dfx.AbstractSolver,
     ts: Real[ArrayLike, " nodes"] | Sequence[Any],
     cond: Cond = None,
-    init: Float[Any, "num *dims"] | None = None,
+    init: Float[Any, "num *dims"] | Inverted | None = None,
     start: Any = 0,
     chunk: int | None = None,
     progress: bool = False,
@@ -339,7 +337,8 @@ def sample(
         solver: as in `draw`.
         ts: as in `draw`.
         cond: conditions, every leaf with leading axis `num`.
-        init: starting states, (num, *dims), instead of draws from the prior.
+        init: starting states, (num, *dims), instead of draws from the prior; or the result of a
+            vectorised `invert`.
         start: index of the first sample, 0 or more; may be traced.
         chunk: samples per vectorised program, to bound memory; all of them by default.
         progress: show a bar over the chunks (needs tqdm, and no tracing around this call).
@@ -369,31 +368,18 @@ def sample(
         >>> many.x.shape
         (3, 2)
     """
-    shape, dtype = _check.dims("sample", "shape", shape), _dtype("sample", dtype)
+    shape, dtype = _check.dims("sample", "shape", shape), _check.floating_dtype("sample", dtype)
     _check.whole("sample", "num", num, 1)
     _check.whole("sample", "chunk", num if chunk is None else chunk, 1)
     options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
     plan = plan_solve("sample", denoiser, solver, ts, dtype, options)
-    init = _init("sample", init, (num, *shape))
-    key = _key("sample", key, needed=init is None or plan.stochastic)
-    for leaf in jax.tree.leaves(cond):
-        if jnp.shape(leaf)[:1] != (num,):
-            got = f"a leaf of shape {jnp.shape(leaf)}"
-            raise _check.bad("sample", "cond", f"leaves with leading axis num={num}", got)
-    width = num if chunk is None else chunk
-    count = -(-num // width)
-    rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
-    struct = jax.ShapeDtypeStruct(shape, dtype)
-    args: Any = (key, denoiser, struct, plan, cond, init, _check.start(start))
-    if progress:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(rows, desc="sample", unit="chunk")
-        pieces = [jax.block_until_ready(_chunk_jit(r, *args)) for r in bar]
-        out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
-    else:
-        out = _all_chunks(rows, args)
-    return jax.tree.map(lambda a: a[:num], out)
+    init = _init("sample", init, (num, *shape), plan, lead=1)
+    key = _check.needed_key("sample", key, needed=init is None or plan.stochastic)
+    _check.rows("sample", "cond", cond, num)
+    one = eqx.Partial(_draw_one, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan)
+    return many(
+        "sample", one, key, cond, init, num=num, start=start, chunk=chunk, progress=progress
+    )
 
 
 def check(samples: PyTree) -> Any:

@@ -31,14 +31,75 @@ def inner_times(path, n=33, low=1e-3, high=1e-3):
     return (path.t_min + low * span) + u * span * (1 - low - high)
 
 
+# Statistics of a model that is best extrapolated as it is.
+FLAT = solvers.Statistics(np.linspace(-12, 12, 5), *np.array([1.0, 0.0, 0.0])[:, None] * np.ones(5))
+
 # Every solver of ours: (instance, order on the PF-ODE or None, evaluations per step).
+_RK4, _WARM = solvers.RungeKutta("rk4"), solvers.WarmStart
 SOLVERS = {
     "DDIM": (solvers.DDIM(), 1, 1),
     "DPMpp2M": (solvers.DPMpp2M(), 2, 1),
+    "DPMpp2M(heun)": (solvers.DPMpp2M("heun"), 2, 1),
+    "DPMpp3M(released)": (solvers.DPMpp3M(released=True), 2, 1),
+    "DPMpp3M(warm)": (_WARM(solvers.DPMpp3M(), solvers.ExponentialRK(3)), 3, None),
+    "UniP(2, bh1)": (solvers.UniPC(2, "bh1", corrector=False), 2, 1),
+    "UniP(3, warm)": (_WARM(solvers.UniPC(3, corrector=False), solvers.ExponentialRK(3)), 3, None),
+    "UniC(2)": (solvers.UniPC(2, predictor=False), 2, 1),
+    "UniPC(1)": (solvers.UniPC(1), 2, 1),
+    "UniPC(2, bh1)": (solvers.UniPC(2, "bh1"), 3, 1),
+    "UniPC(2, eps)": (solvers.UniPC(2, output="eps"), 3, 1),
+    "UniPC(3)": (solvers.UniPC(3), 4, 1),
+    "UniPC(3, eps, warm)": (_WARM(solvers.UniPC(3, output="eps"), _RK4), 4, None),
+    "DEIS(2, t)": (solvers.DEIS(2), 2, 1),
+    "DEIS(2, angle)": (solvers.DEIS(2, "angle"), 2, 1),
+    "DEIS(4, t, warm)": (_WARM(solvers.DEIS(4), _RK4), 4, None),
+    "DEIS(4, s, warm)": (_WARM(solvers.DEIS(4, "s"), _RK4), 4, None),
+    "DEIS(4, lam, warm)": (_WARM(solvers.DEIS(4, "lam"), _RK4), 4, None),
+    "PNDM": (solvers.PNDM(), 2, 1),
+    "PLMS": (_WARM(solvers.PNDM(), solvers.Heun(), 1), 2, None),
+    "F-PNDM": (_WARM(solvers.PNDM(), solvers.PseudoRK4(), 3), 2, None),
     "Heun": (solvers.Heun(), 2, 2),
+    "RK(midpoint, r)": (solvers.RungeKutta("midpoint", "r"), 2, 2),
+    "RK(kutta3, s)": (solvers.RungeKutta("kutta3"), 3, 3),
+    "RK(rk4, s)": (_RK4, 4, 4),
+    "RK(euler, t)": (solvers.RungeKutta("euler", "t"), 1, 1),
+    "RK(midpoint, t)": (solvers.RungeKutta("midpoint", "t"), 2, 2),
+    "RK(heun, t)": (solvers.RungeKutta("heun", "t"), 2, 2),
+    "DPM-Solver-2": (solvers.ExponentialRK(2, "eps"), 2, 2),
+    "DPM-Solver-3": (solvers.ExponentialRK(3, "eps"), 3, 3),
+    "DPM-Solver++(2S)": (solvers.ExponentialRK(2, r=(0.4,)), 2, 2),
+    "DPM-Solver++(3S)": (solvers.ExponentialRK(3), 3, 3),
     "DDIM(eta=0.5)": (solvers.DDIM(eta=0.5), None, 1),
     "DDIM(eta=1)": (solvers.DDIM(eta=1.0), None, 1),
     "EulerMaruyama(u)": (solvers.EulerMaruyama("u"), None, 1),
     "EulerMaruyama(t)": (solvers.EulerMaruyama("t"), None, 1),
 }
 DETERMINISTIC = {name: row for name, row in SOLVERS.items() if row[1] is not None}
+# Those whose order is measured in files of their own, as (instance, None, evaluations per step).
+OTHERS = {
+    "DPMpp2MSDE": (solvers.DPMpp2MSDE(), None, 1),
+    "SASolver": (solvers.SASolver(), None, 1),
+    "ERSDE": (solvers.ERSDE(), None, 1),
+    "ReverseDiffusion": (solvers.ReverseDiffusion(), None, 1),
+    "DPMppSDE": (solvers.DPMppSDE(), None, 2),
+    "SEEDS": (solvers.SEEDS(3), None, 3),
+    "Churn": (solvers.Churn(), None, 2),
+    "SplitNoise": (solvers.SplitNoise(), None, 1),
+    "LangevinCorrected": (solvers.LangevinCorrected(solvers.DPMpp2M()), None, None),
+    "HeavyBall": (solvers.HeavyBall(solvers.DPMpp2M()), None, 1),
+    "GHVB": (solvers.GHVB(3), None, 1),
+    "DPMSolverV3": (solvers.DPMSolverV3(FLAT), None, 1),
+    "BELM": (solvers.BELM(), None, 1),
+    "BDIA": (solvers.BDIA(), None, 1),
+    "SymmetricLeapfrog": (solvers.SymmetricLeapfrog(), None, 1),
+    "SymmetricLeapfrog(bits)": (solvers.SymmetricLeapfrog(bits=20), None, 1),
+    "VelocityLeapfrog": (solvers.VelocityLeapfrog(), None, 1),
+    "EDICT": (solvers.EDICT(), None, 2),
+    "McCallumFoster": (solvers.McCallumFoster(solvers.Heun()), None, 4),
+}
+# Those that see the path through log-SNR only: x/alpha does not depend on it, one atom is exact.
+EXPONENTIAL = {
+    name: row
+    for name, row in DETERMINISTIC.items()
+    if ", t)" not in name and ", t," not in name and name != "F-PNDM"
+}

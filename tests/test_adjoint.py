@@ -288,7 +288,7 @@ def test_memory_is_the_states_or_flat():
             t, decay, gain = row
             return decay * x + gain * denoiser(t, x), None
 
-        table = ts[:-1], jnp.asarray(rows.decay), jnp.asarray(rows.weights)[:, 0]
+        table = ts[:-1], jnp.asarray(rows.decay), jnp.asarray(rows.gain)
         return loss_of_all(jax.lax.scan(body, x, table)[0])
 
     def growth(fn):

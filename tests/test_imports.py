@@ -14,14 +14,15 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxdiff"
 # Each layer may import the layers before it, never its own or a later one.
 LAYERS = [
     ("_types", "_check"),
+    ("batching",),
     ("grids",),
     ("process",),
     ("score",),
     ("streaming",),
     ("exact",),
-    ("fisher", "solvers", "flow", "guidance"),
+    ("fisher", "solvers", "flow", "guidance", "pfgm"),
     ("sampling", "likelihood"),
-    ("adjoint", "shard", "particles", "inverse"),
+    ("adjoint", "inversion", "tuning", "phase", "interpolants", "shard", "particles", "inverse"),
 ]
 ANYTHING = {"__init__", "cli", "demo", "_demo"}
 PROGRAMS = {"cli", "demo", "_demo"}  # import anything, imported by nothing but each other
@@ -38,7 +39,11 @@ ALLOWED |= {
 FREE = {"jax", "jaxlib", "numpy", "equinox", "jaxtyping"}
 EVERYWHERE = {"*"}
 TOP = {
-    "diffrax": {"solvers", "sampling", "likelihood", "adjoint", "fisher.transport"} | PROGRAMS,
+    "diffrax": {
+        *("solvers", "sampling", "likelihood", "adjoint", "fisher.transport"),
+        *("inversion", "tuning.gits", "phase", "interpolants"),
+    }
+    | PROGRAMS,
     "lineax": {"fisher", "adjoint", "inverse", "guidance"},
     "optax": {"train"},
     "scipy": {"grids"},
@@ -54,7 +59,7 @@ CALLED = {
     "optax": EVERYWHERE,
     "orbax": EVERYWHERE,
     "flax": {"score"},
-    "tqdm": {"sampling", "train"},  # a bar where it is installed
+    "tqdm": {"batching", "train", "tuning"},  # a bar where it is installed
     "ott": {"flow", "transport", "metrics"},
 }
 LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm")

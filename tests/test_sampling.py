@@ -117,7 +117,7 @@ def test_start_may_be_traced_and_a_raw_key_is_its_typed_self():
 
 
 def test_the_start_is_the_prior_and_each_step_has_its_own_noise():
-    """The start is of fold_in(key_i, 0), the noise of step k of fold_in(fold_in(key_i, 1), 3k)."""
+    """The start is of fold_in(key_i, 0), that of step k of fold_in(fold_in(key_i, 1), 16k)."""
     nothing = jd.Denoiser(VP, lambda t, x, cond: jnp.zeros_like(x))
     out = jd.draw(KEY, nothing, (2,), solver=EulerMaruyama("u"), ts=TS, trajectory=True)
     path = np.asarray(out.aux["trajectory"])
@@ -127,8 +127,8 @@ def test_the_start_is_the_prior_and_each_step_has_its_own_noise():
     row = EulerMaruyama("u").tabulate(VP, TS).rows
     noise = jax.random.fold_in(KEY, 1)
     for k in range(8):
-        z = jax.random.normal(jax.random.fold_in(noise, 3 * k), (2,), float)
-        expected = row.decay[k] * path[k] + row.noise[k] * z
+        z = jax.random.normal(jax.random.fold_in(noise, 16 * k), (2,), float)
+        expected = row.decay[k] * path[k] + row.noise[0][k] * z
         np.testing.assert_allclose(path[k + 1], expected, rtol=1e-12)
 
 
@@ -245,7 +245,7 @@ def test_nothing_is_traced_twice():
     sizes = []
     for atoms in data:
         jd.sample(KEY, jd.exact.empirical(VP, atoms), (2,), num=3, solver=DDIM(), ts=TS)
-        sizes.append(jd.sampling._all_chunks._cached._cache_size())
+        sizes.append(jd.batching._all_chunks._cached._cache_size())
     assert sizes[0] == sizes[1]
 
 

@@ -37,7 +37,7 @@ def tabulate(where: str, denoiser: Any, ts: Any, dtype: Any, denoise: bool) -> S
     nodes, decay, gain = jnp.asarray(plan.ts), jnp.zeros(0), jnp.zeros(0)
     rows: Any = getattr(plan.solver, "rows", None)
     if rows is not None:
-        decay, gain = jnp.asarray(rows.decay), jnp.asarray(rows.weights)[:, 0]
+        decay, gain = jnp.asarray(rows.decay), jnp.asarray(rows.gain)
     if plan.denoise:  # x = alpha m, which keeps nothing of the state
         nodes = jnp.append(nodes, plan.last[1])
         decay, gain = jnp.append(decay, 0.0), jnp.append(gain, plan.last[0])

@@ -1,22 +1,76 @@
 """Clocks, diffrax terms and solvers: how a denoiser is turned into samples."""
 
+from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise
+from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
-from jaxdiff.solvers.exponential import DDIM, DPMpp2M
-from jaxdiff.solvers.singlestep import Heun
-from jaxdiff.solvers.stochastic import EulerMaruyama
+from jaxdiff.solvers.exponential import DDIM, transfer
+from jaxdiff.solvers.momentum import GHVB, HeavyBall
+from jaxdiff.solvers.multistep import DEIS, PNDM, DPMpp2M, DPMpp3M, UniPC, WarmStart
+from jaxdiff.solvers.reversible import (
+    BDIA,
+    BELM,
+    AbstractReversible,
+    Inverted,
+    SymmetricLeapfrog,
+    VelocityLeapfrog,
+)
+from jaxdiff.solvers.seeds import SEEDS, DPMppSDE
+from jaxdiff.solvers.singlestep import ExponentialRK, Heun, PseudoRK4, RungeKutta
+from jaxdiff.solvers.stochastic import (
+    ERSDE,
+    DPMpp2MSDE,
+    EulerMaruyama,
+    ReverseDiffusion,
+    SASolver,
+)
 from jaxdiff.solvers.terms import AdditiveNoise, Clock, Field, GridBrownian, pf_ode, reverse_sde
+from jaxdiff.solvers.travel import ReversibleAdjoint
+from jaxdiff.solvers.v3 import DPMSolverV3, Statistics
+from jaxdiff.solvers.wrapper import AbstractWrapper
 
 __all__ = [
+    "BDIA",
+    "BELM",
     "DDIM",
+    "DEIS",
+    "EDICT",
+    "ERSDE",
+    "GHVB",
+    "PNDM",
+    "SEEDS",
     "AbstractGridSolver",
+    "AbstractReversible",
+    "AbstractWrapper",
     "AdditiveNoise",
+    "Churn",
     "Clock",
+    "DPMSolverV3",
     "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp3M",
+    "DPMppSDE",
     "EulerMaruyama",
+    "ExponentialRK",
     "Field",
     "GridBrownian",
+    "HeavyBall",
     "Heun",
+    "Inverted",
+    "LangevinCorrected",
+    "McCallumFoster",
+    "PseudoRK4",
+    "ReverseDiffusion",
+    "ReversibleAdjoint",
     "Row",
+    "RungeKutta",
+    "SASolver",
+    "SplitNoise",
+    "Statistics",
+    "SymmetricLeapfrog",
+    "UniPC",
+    "VelocityLeapfrog",
+    "WarmStart",
     "pf_ode",
     "reverse_sde",
+    "transfer",
 ]

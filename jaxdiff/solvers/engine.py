@@ -1,19 +1,26 @@
 r"""One engine for every solver on a grid: a step is a row of coefficients.
 
 Notation: a step goes from time $t_0$ to $t_1 < t_0$, with older nodes $t_{-1}, t_{-2}, \dots$;
-$h = \lambda_1 - \lambda_0 > 0$. In the clocks of `terms` the equations have no linear part, so a
-linear method is
+$h = \lambda_1 - \lambda_0 > 0$; $z$ is standard normal. Every method of the field, multistep or
+multistage, on the ODE or the SDE, is
 
-$$ x_1 = d\,x_0 + \sum_j w_j\,m_j + c\,z $$
+$$ x_1 = d\,x_0 + g\,m_0 + \sum_j w_j\,(o_j - o_0) + \sum_k c_k z_k, $$
 
-where the decay $d$, weights $w_j$ and noise $c$ depend on the nodes only: a solver is a function
-from nodes to a row. On a known grid the rows are built once, in float64; under an arbitrary
-step-size controller they are built in the step. Short histories are zero weights, never branches.
+a step that freezes the network output $m_0$, and a combination of *differences* of outputs $o_j$
+of older nodes and of inner stages, each stage being such a combination itself. What an output is
+($m$, $\hat\epsilon$, or the velocity) is the solver's choice. The decay $d$, gain $g$, weights
+$w_j$ and noise $c_k$ depend on the nodes only: a solver is a function from nodes to a row. Since
+differences vanish where the network output is constant, a solver whose $d$ and $g$ are those of
+DDIM is exact for a single atom of data on any grid.
+
+On a known grid the rows are built once, in float64; under an arbitrary step-size controller they
+are built in the step. Short histories are zero weights, never branches.
 """
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import diffrax as dfx
 import equinox as eqx
@@ -21,24 +28,33 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff._types import Scalar, ScalarLike, host64, time_dtype
+from jaxdiff._types import Cond, host64, time_dtype
 from jaxdiff.process import AbstractProcess
+from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.terms import View, view
+
+Output: TypeAlias = Literal["x0", "eps", "velocity"]
+ENDLESS = 2**30  # steps left where nobody knows
 
 
 class Row(NamedTuple):
-    """The coefficients of one step.
+    """The coefficients of one step (or of one inner stage).
 
     Attributes:
         decay: factor of the current state, ().
-        weights: factors of the current and older network outputs, (memory + 1,) for a multistep
-            method.
-        noise: factor of a standard normal, (); 0 for a deterministic method.
+        gain: factor of the current posterior mean, ().
+        weights: factors of the differences from the current output, first of older outputs, newest
+            first, then of inner stages; missing ones at the end are zero.
+        noise: factors of independent standard normals; none for a deterministic method.
+        stages: inner stages in order: the time, and the row that leads there from the start of
+            the step.
     """
 
-    decay: Scalar
-    weights: Float[Array, " w"]
-    noise: ScalarLike = 0.0
+    decay: Any
+    gain: Any
+    weights: Any = ()
+    noise: Any = ()
+    stages: tuple[tuple[Any, "Row"], ...] = ()
 
 
 class State(NamedTuple):
@@ -48,18 +64,33 @@ class State(NamedTuple):
         step: number of steps made, int32 ().
         nodes: older times (not clock readings), newest first, (memory,).
         history: older network outputs, newest first, a tuple of `memory` arrays like the state.
+        extra: whatever else a solver carries.
     """
 
     step: Array
     nodes: Float[Array, " memory"]
     history: tuple[Array, ...]
+    extra: Any = ()
 
 
-def _tabulate(solver: "AbstractGridSolver", process: AbstractProcess, ts: Array) -> Row:
+def _tabulate(solver: "AbstractGridSolver", process: AbstractProcess, ts: Array, more: int) -> Any:
     steps = jnp.arange(ts.shape[0] - 1)
     older = [jnp.maximum(steps - j, 0) for j in range(solver.memory + 1)]
     windows = jnp.stack([ts[steps + 1], *(ts[i] for i in older)], axis=1)
-    return jax.vmap(lambda window, n: solver.row(process, window, n))(windows, steps)
+    left = steps.shape[0] + more - steps
+    return jax.vmap(lambda window, n, left: solver.row(process, window, n, left))(
+        windows, steps, left
+    )
+
+
+def combine(row: Row, x: Array, m: Array, outputs: Sequence[Array], normals: Any) -> Array:
+    """Return the new state: the module's equation, with `outputs[0]` the current one."""
+    x1 = row.decay * x + row.gain * m
+    for w, output in zip(row.weights, outputs[1:], strict=False):
+        x1 = x1 + w * (output - outputs[0])
+    for k, c in enumerate(row.noise):
+        x1 = x1 + c * normals(k)
+    return x1
 
 
 class AbstractGridSolver(dfx.AbstractItoSolver):
@@ -74,47 +105,83 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
         memory: number of older network outputs in use.
         evaluations: denoiser evaluations per step.
         stochastic: whether steps add noise.
+        claimed_order: order of convergence on a smooth grid.
+        output: what is remembered and compared: the posterior mean `"x0"`, the noise prediction
+            `"eps"` or the velocity of the PF-ODE `"velocity"`.
     """
 
-    rows: eqx.AbstractVar[Row | None]
+    rows: eqx.AbstractVar[Any]
     memory: ClassVar[int] = 0
     evaluations: ClassVar[int] = 1
     claimed_order: ClassVar[int] = 1
+    output = "x0"  # no annotation: subclasses may have a field of this name
+    stochastic: ClassVar[bool] = False
 
     term_structure: ClassVar[Any] = dfx.AbstractTerm
     interpolation_cls: ClassVar[Any] = dfx.LocalLinearInterpolation
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether steps add noise."""
-        return False
-
     @abc.abstractmethod
-    def row(self, process: AbstractProcess, ts: Float[Array, " nodes"], n: Any) -> Row:
-        """Return the coefficients of step `n`, counted from 0.
+    def row(self, process: AbstractProcess, ts: Float[Array, " nodes"], n: Any, left: Any) -> Any:
+        """Return the coefficients of step `n` of this solver, counted from 0.
 
         Args:
             process: the Gaussian path.
             ts: the next node, the current one and `memory` older ones; where fewer than `memory`
                 exist, the first node again.
-            n: number of steps made before this one, ().
+            n: number of steps that this solver has made, (); under `WarmStart`, fewer than there
+                are older nodes.
+            left: number of steps from this one to the end, itself included, ().
         """
 
-    def advance(self, at: View, row: Row, t: Array, x: Array, state: State) -> tuple[Array, Array]:
-        """Make one step from `x` at times `t = (t0, t1)`; return the next `x` and its output."""
-        m = at.field.denoiser(t[0], x, at.field.cond)
-        outputs = (m, *state.history)
-        x1 = row.decay * x + sum(w * f for w, f in zip(row.weights, outputs, strict=True))
-        if self.stochastic:
-            x1 = x1 + row.noise * at.normal(state.step, x)
-        return x1, m
+    def outputs(
+        self, denoiser: AbstractDenoiser, t: Any, x: Array, cond: Cond
+    ) -> tuple[Array, Array]:
+        """Evaluate the network once; return the posterior mean and the solver's output."""
+        if self.output == "x0":
+            m = denoiser(t, x, cond)
+            return m, m
+        m, eps = denoiser.pair(t, x, cond)
+        if self.output == "eps":
+            return m, eps
+        hold = jax.lax.optimization_barrier  # for rounding that is the same in every program
+        d_alpha, d_sigma = hold(denoiser.process.rates(hold(t)))
+        return m, (d_alpha * m + d_sigma * eps).astype(x.dtype)
 
-    def tabulate(self, process: AbstractProcess, ts: Any) -> "AbstractGridSolver":
+    def advance(
+        self, at: View, row: Any, t: Array, x: Array, state: State
+    ) -> tuple[Array, Array, Any]:
+        """Make one step from `x` at `t = (t0, t1)`; return the next `x`, output and extra."""
+        denoiser, cond = at.field.denoiser, at.field.cond
+        if not self.stochastic:
+            row = row._replace(noise=())  # rows are built where a zero may be a traced number
+        m, output = self.outputs(denoiser, t[0], x, cond)
+        outputs = [output, *state.history]
+        marks = (t[0], *(time for time, _ in row.stages), t[1])  # between which normals live
+
+        def normals(k: int) -> Array:
+            ends = (marks[k], marks[k + 1]) if row.stages else None
+            return at.normal(state.step, x, use=k, ends=ends)
+
+        for time, stage in row.stages:
+            inner = combine(stage, x, m, outputs, normals).astype(x.dtype)
+            outputs.append(self.outputs(denoiser, time, inner, cond)[1])
+        return combine(row, x, m, outputs, normals), output, state.extra
+
+    def begin(self, x: Array) -> Any:
+        """Return the `extra` of the first step."""
+        return ()
+
+    def cost(self, steps: Any) -> Any:
+        """Return the number of denoiser evaluations in `steps` steps."""
+        return self.evaluations * steps
+
+    def tabulate(self, process: AbstractProcess, ts: Any, *, more: int = 0) -> "AbstractGridSolver":
         """Return this solver with the rows of a known grid, computed in float64.
 
-        Use it with a step-size controller that steps to exactly these times.
+        Use it with a step-size controller that steps to exactly these times. `more` steps, made
+        by somebody else, follow the last one.
         """
-        return dataclasses.replace(self, rows=host64(_tabulate, self, process, ts))
+        return dataclasses.replace(self, rows=host64(_tabulate, self, process, ts, more))
 
     def order(self, terms: Any) -> int:
         """Return the order of convergence on a smooth grid, as claimed."""
@@ -127,8 +194,11 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
     def init(self, terms: Any, t0: Any, t1: Any, y0: Array, args: Any) -> State:
         """Return an empty history: zeros, whose weights are zero until they are filled."""
         at = view(terms, t0, t1)
-        nodes = jnp.broadcast_to(at.field.clock.t(at.c0), (self.memory,))
-        return State(jnp.zeros((), jnp.int32), nodes, (jnp.zeros_like(y0),) * self.memory)
+        t = at.field.clock.t(at.c0)
+        nodes = jnp.broadcast_to(t, (self.memory,))
+        x = (y0 / at.field.clock.scale(t)).astype(y0.dtype)
+        history = (jnp.zeros_like(y0),) * self.memory
+        return State(jnp.zeros((), jnp.int32), nodes, history, self.begin(x))
 
     def step(
         self,
@@ -147,17 +217,18 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
         t = jnp.stack([clock.t(at.c0), clock.t(at.c1)])
         if self.rows is None:
             window = jnp.concatenate([t[::-1], state.nodes])
-            row = self.row(clock.process, window, state.step)
+            row = self.row(clock.process, window, state.step, ENDLESS)
         else:
             row = jax.tree.map(lambda table: jnp.asarray(table)[state.step], self.rows)
         row = jax.tree.map(lambda value: jnp.asarray(value, time_dtype(y0.dtype)), row)
         x = (y0 / clock.scale(t[0])).astype(y0.dtype)
-        x1, output = self.advance(at, row, t, x, state)
+        x1, output, extra = self.advance(at, row, t, x, state)
         y1 = (x1 * clock.scale(t[1])).astype(y0.dtype)
         state = State(
             state.step + 1,
             jnp.concatenate([t[:1], state.nodes])[: self.memory],
             (output, *state.history)[: self.memory],
+            extra,
         )
         return y1, None, dict(y0=y0, y1=y1), state, dfx.RESULTS.successful
 

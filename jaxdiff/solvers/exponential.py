@@ -1,11 +1,11 @@
-r"""Exponential multistep solvers: the linear part exactly, the network output by extrapolation.
+r"""DDIM: the step that freezes the network output, on which every other method builds.
 
 Notation: $h = \lambda_1 - \lambda_0$, and the exact solution over a step is
 
 $$ x_1 = \frac{\sigma_1}{\sigma_0}x_0
        + \alpha_1\int_0^h e^{-(h-r)}\,m(\lambda_0 + r)\,dr. $$
 
-Freezing $m$ gives DDIM; a line through its last two values gives DPM-Solver++(2M).
+Freezing $m$ and freezing $\hat\epsilon$ is the same step.
 """
 
 import jax.numpy as jnp
@@ -15,19 +15,7 @@ from jaxdiff import _check
 from jaxdiff._types import Scalar, ScalarLike, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
-
-
-def log_snr_step(process: AbstractProcess, t0: ScalarLike, t1: ScalarLike) -> Scalar:
-    r"""Return $h = \lambda(t_1) - \lambda(t_0)$, with a finite gradient where it is infinite.
-
-    Infinite when the step starts at alpha = 0 or ends at sigma = 0. The abscissa is guarded, not
-    the result: the derivative of an infinite log would be NaN even where it is not used.
-    """
-    inside = (jnp.asarray(process.t_min) + process.t_max) / 2
-    endless = (process.alpha(t0) <= 0) | (process.sigma(t1) <= 0)
-    lam0 = process.lam(jnp.where(endless, inside, t0))
-    lam1 = process.lam(jnp.where(endless, inside, t1))
-    return jnp.where(endless, jnp.inf, lam1 - lam0)
+from jaxdiff.solvers.quadrature import log_snr_step
 
 
 def _log_kept(eta: Array, h: Array) -> Array:
@@ -91,37 +79,11 @@ class DDIM(AbstractGridSolver):
         _check.number("DDIM", "eta", self.eta, 0, 1)
 
     @property
-    def stochastic(self) -> bool:
+    def stochastic(self) -> bool:  # type: ignore[override]
         """Whether `eta` is (or may be) positive."""
         return not (is_concrete(self.eta) and float(self.eta) == 0)
 
-    def row(self, process: AbstractProcess, ts: Array, n: ScalarLike) -> Row:
+    def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Row:
         """Freeze the network output over the step."""
         decay, gain, noise = transfer(process, ts[1], ts[0], self.eta)
-        return Row(decay, gain[None], noise)
-
-
-class DPMpp2M(AbstractGridSolver):
-    r"""DPM-Solver++(2M): second order from one network evaluation per step.
-
-    $$ x_1 = \frac{\sigma_1}{\sigma_0}x_0 + \alpha_1(1 - e^{-h})
-             \left[m_0 + \frac{h}{2 h_{-1}}(m_0 - m_{-1})\right] $$
-
-    The robust choice from 10 to 25 steps, on grids uniform in log-SNR. The first step, and a step
-    to sigma = 0, are those of DDIM.
-
-    References:
-        Lu et al. 2022 (2211.01095), algorithm 2.
-    """
-
-    rows: Row | None = None
-    memory = 1
-    claimed_order = 2
-
-    def row(self, process: AbstractProcess, ts: Array, n: ScalarLike) -> Row:
-        """Extrapolate the network output to the middle of the step."""
-        decay, gain, _ = transfer(process, ts[1], ts[0])
-        h, h_old = log_snr_step(process, ts[1], ts[0]), log_snr_step(process, ts[2], ts[1])
-        usable = (jnp.asarray(n) > 0) & jnp.isfinite(h) & (h_old > 0)
-        half = jnp.where(usable, h, 0.0) / (2 * jnp.where(usable, h_old, 1.0))
-        return Row(decay, gain * jnp.stack([1 + half, -half]))
+        return Row(decay, gain, noise=(noise,) if self.stochastic else ())

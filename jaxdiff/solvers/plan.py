@@ -1,5 +1,6 @@
 """What can be decided about a solve before tracing: grid, clock, engine and coefficients."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import diffrax as dfx
@@ -13,7 +14,9 @@ from jaxdiff import _check, grids
 from jaxdiff._types import host64, is_concrete, time_dtype
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
+from jaxdiff.solvers.reversible import AbstractReversible
 from jaxdiff.solvers.terms import Clock, ClockName
+from jaxdiff.solvers.travel import ReversibleAdjoint
 
 Engine: TypeAlias = Literal["scan", "diffrax"]
 Values: TypeAlias = Array | np.ndarray
@@ -49,6 +52,15 @@ class Plan(eqx.Module):
     trajectory: bool = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
 
+    def after(self, step: int) -> "Plan":
+        """Return the plan of a reversible solver that goes on from a pair at node `step`."""
+        ts, nodes, rows = jax.tree.map(
+            lambda a: a[step:], (self.ts, self.nodes, getattr(self.solver, "rows", None))
+        )
+        rows = rows._replace(first=0 * rows.first)  # no step starts from x alone
+        solver = dataclasses.replace(self.solver, rows=rows)  # type: ignore[call-arg]
+        return dataclasses.replace(self, solver=solver, ts=ts, nodes=nodes)
+
 
 def plan_solve(
     where: str,
@@ -78,7 +90,7 @@ def plan_solve(
     _check_kinds(where, denoiser, solver, options)
     process = denoiser.process
     ts = grids.check(process, ts, where=where, dtype=time_dtype(dtype))
-    denoise, last = options.denoise, (1.0, ts[-1])
+    denoise, last, more = options.denoise, (1.0, ts[-1]), int(options.denoise)
     with jax.ensure_compile_time_eval():  # known under jit too where no parameter enters
         ends = process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
         first, alpha, sigma = (np.asarray(a) if is_concrete(a) else a for a in ends)
@@ -87,12 +99,15 @@ def plan_solve(
         raise _check.bad(where, "ts[0]", expected, f"t={float(ts[0])!r}; start below it")
     if is_concrete(sigma) and sigma == 0:
         # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
-        denoise, last, ts = True, (alpha, ts[-1]), ts[:-1]
+        denoise, last, ts, more = True, (alpha, ts[-1]), ts[:-1], 1
     if isinstance(solver, AbstractGridSolver):
-        solver, engine, stochastic = _our_engine(where, process, solver, ts, options)
+        solver, engine, stochastic = _our_engine(where, process, solver, ts, options, more)
         clock: ClockName = "u" if stochastic and own_noise else "t"
     else:
         engine, stochastic, clock = _their_engine(where, solver, options)
+    if stochastic and not process.has_sde:
+        expected = f"deterministic, since {type(process).__name__} has no reverse SDE"
+        raise _check.bad(where, "solver", expected, repr(solver))
     if own_noise and not stochastic:
         expected = f"left out, since {type(solver).__name__} solves the ODE"
         raise _check.bad(where, "noise", expected, "a path")
@@ -111,7 +126,7 @@ def plan_solve(
         solver,
         *jax.tree.map(lambda a: _cast(a, dtype), arrays),
         controller=options.controller,
-        adjoint=options.adjoint,
+        adjoint=_adjoint(solver, engine, options),
         clock=clock,
         stochastic=stochastic,
         denoise=denoise,
@@ -132,6 +147,22 @@ def _check_kinds(where: str, denoiser: Any, solver: Any, options: Options) -> No
         value = getattr(options, name)
         if value is not None and not isinstance(value, kind):
             raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
+    if isinstance(options.adjoint, ReversibleAdjoint):
+        if not isinstance(solver, AbstractReversible):
+            expected = "a reversible one for ReversibleAdjoint(), as SymmetricLeapfrog()"
+            raise _check.bad(where, "solver", expected, type(solver).__name__)
+        solver.check_reversible(where)
+        if options.trajectory or options.engine == "diffrax":
+            got = "trajectory=True" if options.trajectory else "engine='diffrax'"
+            expected = "left out: ReversibleAdjoint() keeps no states and runs in the scan engine"
+            raise _check.bad(where, got.split("=")[0], expected, got)
+
+
+def _adjoint(solver: Any, engine: Engine, options: Options) -> Any:
+    if engine == "scan" and not options.trajectory and isinstance(solver, AbstractReversible):
+        if solver.smooth is not solver:  # rounding has no slope of its own
+            return ReversibleAdjoint()
+    return options.adjoint
 
 
 def _cast(value: Any, dtype: Any) -> Any:
@@ -144,7 +175,7 @@ def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
 
 
 def _our_engine(
-    where: str, process: Any, solver: AbstractGridSolver, ts: Any, options: Options
+    where: str, process: Any, solver: AbstractGridSolver, ts: Any, options: Options, more: int
 ) -> tuple[Any, Engine, bool]:
     for name in ("equation", "clock", "controller"):
         if getattr(options, name) is not None:
@@ -152,7 +183,7 @@ def _our_engine(
             raise _check.bad(where, name, expected, repr(getattr(options, name)))
     _check.choice(where, "engine", options.engine, (None, "scan", "diffrax"))
     if ts.shape[0] > 1:
-        solver = solver.tabulate(process, ts)
+        solver = solver.tabulate(process, ts, more=more)
         if is_concrete(solver.rows):
             _finite_rows(where, solver, ts)
     return solver, options.engine or "scan", solver.stochastic
@@ -179,3 +210,17 @@ def _finite_rows(where: str, solver: AbstractGridSolver, ts: Any) -> None:
         t = float(ts[int(np.argmin(good))])
         expected = f"times from which {type(solver).__name__} has a finite step"
         raise _check.bad(where, "ts", expected, f"t={t!r}, at an infinite log-SNR")
+
+
+def evaluations(solver: Any, steps: Any) -> Any:
+    """Count denoiser evaluations in `steps` steps; -1 where diffrax does not say."""
+    if isinstance(solver, AbstractGridSolver):
+        return solver.cost(steps)
+    if isinstance(solver, dfx.Euler):
+        return steps
+    if isinstance(solver, dfx.AbstractSRK) and solver.tableau.is_additive_noise():
+        return len(solver.tableau.b_sol) * steps
+    if isinstance(solver, dfx.AbstractERK) and isinstance(solver.tableau, dfx.ButcherTableau):
+        stages = solver.tableau.num_stages
+        return (stages - 1) * steps + 1 if solver.tableau.fsal else stages * steps
+    return -jnp.ones_like(jnp.asarray(steps))

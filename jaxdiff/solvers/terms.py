@@ -126,6 +126,9 @@ class AdditiveNoise(dfx.AbstractTerm):
         return vf * control
 
 
+USES = 16  # independent draws in one step of a grid-keyed path
+
+
 class GridBrownian(dfx.AbstractBrownianPath):
     """A Brownian path whose increments are keyed by the step of a fixed grid.
 
@@ -157,11 +160,13 @@ class GridBrownian(dfx.AbstractBrownianPath):
         """The last node."""
         return self.nodes[-1]
 
+    def stream(self, step: Any, use: int = 0) -> PRNGKeyArray:
+        """Return the key of one of the `USES` uses of randomness in a step."""
+        return jax.random.fold_in(self.key, USES * step + use)
+
     def normal(self, step: Any, use: int = 0) -> Array:
-        """Return the standard normal of a step: use 0 is the increment, 1 and 2 Levy areas."""
-        return jax.random.normal(
-            jax.random.fold_in(self.key, 3 * step + use), self.shape.shape, self.shape.dtype
-        )
+        """Return a standard normal of a step: use 0 is the increment, 1 and 2 Levy areas."""
+        return jax.random.normal(self.stream(step, use), self.shape.shape, self.shape.dtype)
 
     def evaluate(
         self, t0: Any, t1: Any = None, left: bool = True, use_levy: bool = False
@@ -248,13 +253,18 @@ class View(NamedTuple):
     c0: Any
     c1: Any
 
-    def normal(self, step: Any, x: Array) -> Array:
-        """Return the standard normal noise of this step."""
+    def normal(self, step: Any, x: Array, *, use: int = 0, ends: Any = None) -> Array:
+        """Return a standard normal of this step: the increment between two times, normalised.
+
+        A path keyed by the grid draws it from its `use` and the step; any other path is asked for
+        its increment between `ends`, the whole step by default.
+        """
         if isinstance(self.path, GridBrownian):
-            return self.path.normal(step)
+            return self.path.normal(step, use)
         if self.path is None:
             raise _check.bad("solver", "terms", "those of reverse_sde: it needs noise", "an ODE")
-        low, high = jnp.minimum(self.c0, self.c1), jnp.maximum(self.c0, self.c1)
+        c0, c1 = (self.c0, self.c1) if ends is None else (self.field.clock.of_t(t) for t in ends)
+        low, high = jnp.minimum(c0, c1), jnp.maximum(c0, c1)
         return (self.path.evaluate(low, high) / jnp.sqrt(high - low)).astype(x.dtype)
 
 

@@ -1,0 +1,78 @@
+"""Many samples of one sequence: vectorised, in chunks, each a function of the key and its index."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from jaxdiff import _check
+from jaxdiff._types import stream
+
+
+def _chunk(
+    rows: Int[Array, " chunk"],
+    one: Callable[..., Any],
+    key: PRNGKeyArray | None,
+    each: tuple[Any, ...],
+    start: Any,
+) -> Any:
+    """Draw the samples of the given rows of this call."""
+
+    def at(row: Array, each: tuple[Any, ...]) -> Any:
+        own = None if key is None else stream(key, start + row.astype(jnp.uint32))
+        return one(own, *each)
+
+    return eqx.filter_vmap(at)(rows, jax.tree.map(lambda a: jnp.asarray(a)[rows], each))
+
+
+_chunk_jit = eqx.filter_jit(_chunk)
+
+
+@eqx.filter_jit
+def _all_chunks(rows: Int[Array, "chunks chunk"], *args: Any) -> Any:
+    if rows.shape[0] == 1:
+        return _chunk(rows[0], *args)
+    out = jax.lax.map(lambda r: _chunk(r, *args), rows)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+
+def many(
+    where: str,
+    one: Callable[..., Any],
+    key: PRNGKeyArray | None,
+    *each: Any,
+    num: int,
+    start: Any = 0,
+    chunk: int | None = None,
+    progress: bool = False,
+) -> Any:
+    """Run `one(fold_in(key, i), *each_i)` for `num` indices, in chunks of one vectorised program.
+
+    Args:
+        where: name of the calling function, for messages.
+        one: draws one sample; a pytree (as `equinox.Partial`), so that its program is kept.
+        key: a threefry key, or None if nothing is random.
+        *each: pytrees whose leaves have leading axis `num`, one row per sample.
+        num: how many.
+        start: index of the first, 0 or more; may be traced.
+        chunk: how many at once; all of them by default.
+        progress: show a bar over the chunks.
+    """
+    _check.whole(where, "num", num, 1)
+    _check.whole(where, "chunk", num if chunk is None else chunk, 1)
+    width = num if chunk is None else chunk
+    count = -(-num // width)
+    rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
+    args = (one, key, each, _check.start(start))
+    if progress:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(rows, desc=where, unit="chunk")
+        pieces = [jax.block_until_ready(_chunk_jit(r, *args)) for r in bar]
+        out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
+    else:
+        out = _all_chunks(rows, *args)
+    return jax.tree.map(lambda a: a[:num], out)

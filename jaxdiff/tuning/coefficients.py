@@ -1,0 +1,382 @@
+r"""Coefficients fitted to a model on a known grid, by least squares against a finer solve.
+
+Notation: $o_i$ is the network output of a solver at node i, $x_{i+1} = \Phi(x_i)$ its step. A
+fitted solver adds a combination of outputs that it has anyway,
+
+$$ x_{i+1} = \Phi(x_i) + \sum_{k=0}^{r}\gamma_{i,k}\,o_{i-k}, \qquad
+   \gamma_i = \arg\min\sum_{\text{batch}}\Big\|z_{i+1} - \Phi(x_i)
+              - \sum_k\gamma_k\,o_{i-k}\Big\|^2, $$
+
+with the states $x_i$ of the fitted solver itself, so that later steps know what earlier ones do:
+
+| method | target $z_{i+1}$ | combinations allowed |
+|---|---|---|
+| `integration_approximation` | a finer solve from $x_i$ | all |
+| `distil` | a finer solve from the noise | multiples of $o_i - o_{i-1}$ |
+| `subspace` | a finer solve from the noise | all, of all outputs so far |
+
+The number of network evaluations in use does not change. A fit belongs to its model, guidance and
+grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
+
+from jaxdiff import _check, grids
+from jaxdiff._types import INIT, Cond, ScalarLike, host64, is_concrete, stream, time_dtype
+from jaxdiff.process import AbstractProcess
+from jaxdiff.sampling import sample
+from jaxdiff.score import AbstractDenoiser
+from jaxdiff.solvers.engine import AbstractGridSolver, State
+from jaxdiff.solvers.terms import View, pf_ode
+from jaxdiff.solvers.wrapper import AbstractWrapper
+
+
+class Fitted(AbstractWrapper):
+    r"""A solver with a table of fitted coefficients; made by the functions of this module.
+
+    $$ x_{i+1} = \Phi(x_i) + \sum_k\gamma_{i,k}\,o_{i-k} $$
+
+    Cost: that of the solver; r + 1 outputs are remembered.
+
+    Attributes:
+        solver: the deterministic solver that is corrected.
+        coefficients: $\gamma$, (steps, r + 1), of the current output first.
+        ts: the grid that it was fitted on, (steps + 1,).
+        errors: root mean square distances to the targets on the batch of the fit, before and after
+            correction, (steps, 2).
+
+    Raises:
+        ValueError: if a shape does not fit, or (when used) on another grid.
+    """
+
+    solver: AbstractGridSolver
+    coefficients: Float[ArrayLike, "steps terms"]
+    ts: Float[ArrayLike, " nodes"]
+    errors: Float[ArrayLike, "steps 2"] | None = None
+    rows: Any = None
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.solver, AbstractGridSolver) or self.solver.stochastic:
+            expected = "a deterministic solver of jaxdiff"
+            raise _check.bad("Fitted", "solver", expected, self.solver)
+        steps = np.shape(self.ts)[0] - 1
+        if np.ndim(self.coefficients) != 2 or np.shape(self.coefficients)[0] != steps:
+            got = np.shape(self.coefficients)
+            raise _check.bad("Fitted", "coefficients", f"of shape ({steps}, terms)", got)
+
+    @property
+    def terms(self) -> int:
+        """The number of outputs that are combined."""
+        return np.shape(self.coefficients)[1]
+
+    @property
+    def memory(self) -> int:  # type: ignore[override]
+        """What the solver remembers, and the older outputs of the table."""
+        return max(self.solver.memory, self.terms - 1)
+
+    def tabulate(self, process: AbstractProcess, ts: Any, *, more: int = 0) -> AbstractGridSolver:
+        """Return this solver with its rows, after checking that the grid is its own."""
+        known = is_concrete(ts, self.ts)
+        if np.shape(ts) != np.shape(self.ts) or (
+            known and not np.allclose(np.asarray(ts), np.asarray(self.ts), rtol=1e-5)
+        ):
+            raise _check.bad("Fitted", "ts", f"the grid of the fit, {self.ts}", ts)
+        return super().tabulate(process, ts, more=more)
+
+    def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Any:
+        """Return the solver's row, and the coefficients of this step."""
+        row = self.solver.row(process, ts[: self.solver.memory + 2], n, left)
+        return row, jnp.asarray(self.coefficients)[n]
+
+    def advance(
+        self, at: View, row: Any, t: Array, x: Array, state: State
+    ) -> tuple[Array, Array, Any]:
+        """Make the solver's step and add the combination."""
+        row, coefficients = row
+        inner = state._replace(history=state.history[: self.solver.memory])
+        x1, output, extra = self.solver.advance(at, row, t, x, inner)
+        for gamma, o in zip(coefficients, (output, *state.history), strict=False):
+            x1 = x1 + gamma * o
+        return x1, output, extra
+
+
+def _begin(solver: AbstractGridSolver, ts: Array, x: Array) -> State:
+    """Return the state of a solver before its first step."""
+    nodes = jnp.broadcast_to(ts[0], (solver.memory,))
+    history = (jnp.zeros_like(x),) * solver.memory
+    return State(jnp.zeros((), jnp.int32), nodes, history, solver.begin(x))
+
+
+@eqx.filter_jit
+def _step(
+    solver: AbstractGridSolver,
+    denoiser: AbstractDenoiser,
+    ts: Array,
+    x: Array,
+    states: State,
+    cond: Cond,
+) -> tuple[Array, State]:
+    """Make the next step of a batch."""
+
+    def one(x: Array, state: State, cond: Cond) -> tuple[Array, State]:
+        terms, i = pf_ode(denoiser, "t", cond), state.step
+        x1, _, _, state, _ = solver.step(terms, ts[i], ts[i + 1], x, None, state, False)
+        return x1, state
+
+    return jax.vmap(one)(x, states, cond)
+
+
+def _subgrid(process: AbstractProcess, ts: Array, substeps: Any) -> Array:
+    """Divide every step into equal parts of log-SNR, (steps, parts + 1)."""
+    shares = jnp.linspace(0, 1, len(substeps) + 1)
+    lams = jax.vmap(process.lam)(ts)
+    inner = lams[:-1, None] + jnp.diff(lams)[:, None] * shares[None, 1:-1]
+    inner = jax.vmap(jax.vmap(process.t_of_lam))(inner)
+    return jnp.concatenate([ts[:-1, None], inner, ts[1:, None]], axis=1)
+
+
+def _least_squares(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
+    """Return the coefficients of smallest size that fit best, in float64."""
+    matrix = np.stack([np.ravel(c) for c in columns], axis=1).astype(np.float64)
+    return np.linalg.lstsq(matrix, np.ravel(target).astype(np.float64), rcond=None)[0]
+
+
+def _fit(
+    where: str,
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    num: int,
+    solver: AbstractGridSolver,
+    ts: Any,
+    teacher: AbstractGridSolver | None,
+    substeps: int,
+    cond: Cond,
+    init: Any,
+    *,
+    terms: int | None,
+    local: bool,
+    differences: bool,
+) -> Fitted:
+    """Fit the coefficients of one method: see the module's table."""
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    for name, value in (("solver", solver), ("teacher", solver if teacher is None else teacher)):
+        if not isinstance(value, AbstractGridSolver) or value.stochastic:
+            raise _check.bad(where, name, "a deterministic solver of jaxdiff", value)
+    _check.whole(where, "num", num, 1)
+    _check.whole(where, "substeps", substeps, 1)
+    process, shape = denoiser.process, _check.dims(where, "shape", shape)
+    ts = grids.check(process, ts, where=where)
+    if not is_concrete(ts, denoiser, cond, init):
+        raise _check.bad(
+            where, "ts, denoiser, cond, init", "known: fits run outside jit", "tracers"
+        )
+    if float(process.sigma(ts[-1])) == 0:  # the last step is exact: x = alpha m
+        ts = ts[:-1]
+    fine = np.asarray(host64(_subgrid, process, ts, np.zeros(substeps)))
+    if not np.all(np.isfinite(fine)):
+        expected = "a grid of two or more nodes that starts at a finite log-SNR"
+        raise _check.bad(where, "ts", expected, ts)
+    teacher = solver if teacher is None else teacher
+    steps = len(ts) - 1
+    terms = steps if terms is None else terms
+    if init is None:
+        keys = jax.vmap(lambda i: stream(stream(_check.key(where, "key", key), i), INIT))
+        rows = keys(jnp.arange(num, dtype=jnp.uint32))
+        x = jax.vmap(lambda key: process.prior(key, shape, t=ts[0]))(rows)
+    else:
+        x = jnp.asarray(init)
+        if x.shape != (num, *shape):
+            raise _check.bad(where, "init", f"of shape {(num, *shape)}", x.shape)
+
+    def refined(grid: np.ndarray, x: Array, **options: Any) -> Any:
+        run = sample(
+            None, denoiser, shape, num=num, solver=teacher, ts=grid, cond=cond, init=x,
+            dtype=x.dtype, **options,
+        )  # fmt: skip
+        return np.asarray(run.aux["trajectory"] if options else run.x)
+
+    targets = None
+    if not local:
+        grid = np.append(fine[:, :-1].ravel(), ts[-1])
+        targets = refined(grid, x, trajectory=True)[:, ::substeps]
+    # One output more than is fitted, so that the state holds the current one too.
+    blank = Fitted(solver=solver, coefficients=np.zeros((steps, terms + 1)), ts=ts)
+    base, nodes = blank.tabulate(process, ts), jnp.asarray(ts, time_dtype(x.dtype))
+    states = jax.vmap(lambda x: _begin(base, nodes, x))(x)
+    table, errors = np.zeros((steps, terms)), np.zeros((steps, 2))
+    for i in range(steps):
+        target = refined(fine[i], x) if targets is None else targets[:, i + 1]
+        x1, states = _step(base, denoiser, nodes, x, states, cond)
+        outputs = [np.asarray(o) for o in states.history[: min(i + 1, terms)]]
+        missing = target - np.asarray(x1)
+        if not differences:
+            table[i, : len(outputs)] = _least_squares(outputs, missing)
+        elif i > 0:
+            (theta,) = _least_squares([outputs[0] - outputs[1]], missing)
+            table[i] = theta, -theta
+        change = sum(gamma * o for gamma, o in zip(table[i], outputs, strict=False))
+        errors[i] = [np.sqrt(np.mean(np.square(e))) for e in (missing, missing - change)]
+        x = (x1 + change).astype(x.dtype)
+    return Fitted(solver=solver, coefficients=table, ts=ts, errors=errors)
+
+
+def integration_approximation(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    num: int,
+    solver: AbstractGridSolver,
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
+    terms: int = 2,
+    teacher: AbstractGridSolver | None = None,
+    substeps: int = 16,
+    cond: Cond = None,
+    init: Float[Any, "num *dims"] | None = None,
+) -> Fitted:
+    r"""Improve the approximation of each step's integral (IIA), by a fit from the same state.
+
+    $$ \gamma_i = \arg\min\sum\Big\|z_{i+1} - \Phi(x_i)
+                  - \sum_{k=0}^{r}\gamma_k\,o_{i-k}\Big\|^2, $$
+
+    with $z_{i+1}$ from a finer solve of this one step, that starts at $x_i$ without history. Each
+    step is made as good as it can be on its own; `distil` corrects the accumulated error too.
+
+    Cost, once: `num * steps * (substeps + 1)` evaluations of the network for a solver of one.
+
+    Args:
+        key: names the noises, those of `sample`; None with `init`.
+        denoiser: the model.
+        shape: shape of one sample, `(*dims,)`.
+        num: number of samples in the batch of the fit.
+        solver: the deterministic solver to correct.
+        ts: its grid. A last step to sigma = 0 is exact and left alone.
+        terms: number of outputs combined, r + 1.
+        teacher: the solver of the finer solve; `solver` itself by default.
+        substeps: parts, equal in log-SNR, that it divides each step into.
+        cond: conditions, every leaf with leading axis `num`.
+        init: starting states, (num, *dims), instead of noise.
+
+    Returns:
+        A solver for `sample` on the same grid.
+
+    Raises:
+        ValueError: if an argument is wrong or being traced.
+
+    References:
+        Zhang, Niwa, Kleijn 2023 (2304.11328).
+    """
+    where = "integration_approximation"
+    _check.whole(where, "terms", terms, 1)
+    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit(where, key, *args, terms=terms, local=True, differences=False)
+
+
+def distil(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    num: int,
+    solver: AbstractGridSolver,
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
+    teacher: AbstractGridSolver | None = None,
+    substeps: int = 16,
+    cond: Cond = None,
+    init: Float[Any, "num *dims"] | None = None,
+) -> Fitted:
+    r"""Distil a finer solve into one scalar per step (D-ODE).
+
+    $$ x_{i+1} = \Phi(x_i) + \theta_i\,(o_i - o_{i-1}), \qquad
+       \theta_i = \frac{\langle z_{i+1} - \Phi(x_i),\, o_i - o_{i-1}\rangle}
+                       {\|o_i - o_{i-1}\|^2}, $$
+
+    with $z$ the finer solve from the same noise. As the coefficients sum to nothing, the result is
+    exact where the output is constant. On `DDIM` this is a multistep method whose extrapolation is
+    fitted: better than `DPMpp2M` at the same cost. The first step has nothing to differ from and
+    stays as it is.
+
+    Cost, once: `num * steps * (substeps + 1)` evaluations of the network for a solver of one.
+    Memory: the trajectories of the finer solve.
+
+    Args:
+        key: names the noises, those of `sample`; None with `init`.
+        denoiser: the model.
+        shape: shape of one sample, `(*dims,)`.
+        num: number of samples in the batch of the fit.
+        solver: the deterministic solver to correct.
+        ts: its grid. A last step to sigma = 0 is exact and left alone.
+        teacher: the solver of the finer solve; `solver` itself by default.
+        substeps: parts, equal in log-SNR, that it divides each step into.
+        cond: conditions, every leaf with leading axis `num`.
+        init: starting states, (num, *dims), instead of noise.
+
+    Returns:
+        A solver for `sample` on the same grid.
+
+    Raises:
+        ValueError: if an argument is wrong or being traced.
+
+    References:
+        Kim, Tang, Yu 2023 (2309.16421).
+    """
+    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit("distil", key, *args, terms=2, local=False, differences=True)
+
+
+def subspace(
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    num: int,
+    solver: AbstractGridSolver,
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
+    terms: int | None = None,
+    teacher: AbstractGridSolver | None = None,
+    substeps: int = 16,
+    cond: Cond = None,
+    init: Float[Any, "num *dims"] | None = None,
+) -> Fitted:
+    r"""Search the next state in the span of all outputs so far (OLSS, without path optimisation).
+
+    The fit of `integration_approximation` to the target of `distil`, by default with every output
+    of the run: the best that a linear scheduler of this grid can do.
+
+    Cost, once: as `distil`. At run time, memory for `terms` outputs.
+
+    Args:
+        key: names the noises, those of `sample`; None with `init`.
+        denoiser: the model.
+        shape: shape of one sample, `(*dims,)`.
+        num: number of samples in the batch of the fit.
+        solver: the deterministic solver to correct.
+        ts: its grid. A last step to sigma = 0 is exact and left alone.
+        terms: number of outputs combined; all of them by default.
+        teacher: the solver of the finer solve; `solver` itself by default.
+        substeps: parts, equal in log-SNR, that it divides each step into.
+        cond: conditions, every leaf with leading axis `num`.
+        init: starting states, (num, *dims), instead of noise.
+
+    Returns:
+        A solver for `sample` on the same grid.
+
+    Raises:
+        ValueError: if an argument is wrong or being traced.
+
+    References:
+        Duan et al. 2023 (2305.14677).
+    """
+    if terms is not None:
+        _check.whole("subspace", "terms", terms, 1)
+    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit("subspace", key, *args, terms=terms, local=False, differences=False)
