@@ -17,6 +17,7 @@ import jaxdiff as jd
 from jaxdiff import exact
 from jaxdiff.solvers import (
     DDIM,
+    AbstractGridSolver,
     Clock,
     DPMpp2M,
     EulerMaruyama,
@@ -62,6 +63,8 @@ def _gauge_paths(solver, denoiser, lams, n, start):
     path = denoiser.process
     ts = jax.vmap(path.t_of_lam)(lams)
     alpha = jax.vmap(path.alpha)(ts)[:, None]
+    if isinstance(solver, AbstractGridSolver):
+        solver = solver.tabulate(path, ts)  # rows beyond n mean nothing
     one = lambda y: solve(lambda: pf_ode(denoiser, "t"), solver, ts, n, alpha[0] * y) / alpha  # noqa: E731
     return jax.vmap(one, out_axes=1)(start)
 

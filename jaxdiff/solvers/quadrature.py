@@ -46,7 +46,7 @@ def phi(k: int, z: ScalarLike) -> Scalar:
     near = jnp.abs(z) < k
     small, large = jnp.where(near, z, 0.0), jnp.where(near, 1.0, z)
     series = jnp.zeros_like(small)
-    for j in range(20, -1, -1):
+    for j in range(24, -1, -1):
         series = series * small + 1 / math.factorial(j + k)
     value = jnp.expm1(large) / large
     for i in range(1, k):
