@@ -45,9 +45,7 @@ def phi(k: int, z: ScalarLike) -> Scalar:
         return jnp.exp(z)
     near = jnp.abs(z) < k
     small, large = jnp.where(near, z, 0.0), jnp.where(near, 1.0, z)
-    series = jnp.zeros_like(small)
-    for j in range(24, -1, -1):
-        series = series * small + 1 / math.factorial(j + k)
+    series = jnp.polyval(jnp.asarray([1 / math.factorial(j + k) for j in range(24, -1, -1)]), small)
     value = jnp.expm1(large) / large
     for i in range(1, k):
         value = (value - 1 / math.factorial(i)) / large
@@ -75,15 +73,15 @@ def history(process: AbstractProcess, ts: Array, most: Any) -> tuple[Array, Arra
     uses the current node only. Log-SNRs of nodes that do not count are made up: they are finite and
     distinct, so that nothing computed from them and then dropped can spoil a gradient.
     """
+    nodes, index = ts[1:], jnp.arange(ts.shape[0] - 1)
+    here = jax.vmap(process.alpha)(nodes) > 0
+    older = here[1:] & (nodes[1:] > nodes[:-1])
+    finite = here[0] & (process.sigma(ts[0]) > 0)
+    used = jnp.cumprod(jnp.concatenate([finite[None], older])) > 0
+    used = used & ((index < most) | (index == 0))
     inside = (jnp.asarray(process.t_min) + process.t_max) / 2
-    finite = (process.alpha(ts[1]) > 0) & (process.sigma(ts[0]) > 0)
-    lams, used, count = [process.lam(jnp.where(finite, ts[1], inside))], finite, jnp.asarray(1)
-    for j in range(2, ts.shape[0]):
-        used = used & (ts[j] > ts[j - 1]) & (process.alpha(ts[j]) > 0) & (count < most)
-        count = count + used
-        lam = process.lam(jnp.where(used, ts[j], inside))
-        lams.append(jnp.where(used, lam, lams[0] - j))
-    return jnp.stack(lams), count
+    lams = jax.vmap(process.lam)(jnp.where(used, nodes, inside))
+    return jnp.where(used, lams, lams[0] - index), jnp.maximum(jnp.sum(used), 1)
 
 
 def clock(process: AbstractProcess, chi: Chi, lam: Array) -> Array:
@@ -128,13 +126,12 @@ def integrals(
     r = h * _POINTS.astype(dtype)
     weights, points = h * _MASSES.astype(dtype) * kernel(r), chi(lam0 + r)
     x, index = chi(jnp.stack(list(nodes))), jnp.arange(len(nodes))
-    basis = jnp.outer(weights, index < count)
-    for i in range(len(nodes)):
-        other = (index < count) & (i < count) & (index != i)
-        gaps = jnp.where(other, x - x[i], 1.0)  # those of made-up nodes may vanish
-        factors = jnp.outer(points - x[i], 1 / gaps)
-        basis = basis * jnp.where(other[None], factors, 1.0)
-    return jnp.sum(basis, axis=0)
+    used = index < count
+    others = used[:, None] & used[None] & (index[:, None] != index[None])
+    gaps = jnp.where(others, x[:, None] - x[None], 1.0)  # those of made-up nodes may vanish
+    factors = (points[:, None] - x[None])[:, None, :] / gaps[None]
+    basis = jnp.prod(jnp.where(others[None], factors, 1.0), axis=2)
+    return jnp.where(used, weights @ basis, 0.0)
 
 
 def integral(kernel: Callable[[Array], Array], h: Any) -> Array:
