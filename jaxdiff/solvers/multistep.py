@@ -123,7 +123,8 @@ class DPMpp3M(AbstractGridSolver):
 
     Args:
         released: whether to halve the curvature, as published code does.
-        lower_order_final: lower the order of the last two steps to 2 and 1.
+        lower_order_final: lower the order of the last two steps to 2 and 1: better where they are
+            long in log-SNR, as in 15 steps or fewer, or on uniform times of a flow.
 
     References:
         Lu et al. 2022 (2211.01095), appendix; the second order of the released form is our own
@@ -177,7 +178,7 @@ class UniPC(AbstractGridSolver):
         predictor: whether to predict with p outputs; False predicts by DDIM.
         corrector: whether to correct at all; False is UniP-p.
         skip: steps, counted from 0, that are not corrected: `(0,)` under strong guidance.
-        lower_order_final: lower the order of the last steps to 1.
+        lower_order_final: lower the order of the last steps to 1, as for `DPMpp3M`.
 
     Raises:
         ValueError: if an argument is none of these.
