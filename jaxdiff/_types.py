@@ -78,7 +78,7 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
     """
     if is_concrete(fn, args):
         wide = jax.tree.map(_widen, (fn, args))
-        with _x64(), jax.ensure_compile_time_eval(), jax.default_device(_host_device()):
+        with _x64(), jax.ensure_compile_time_eval(), jax.default_device(host_device()):
             out = _call(*wide)
             if is_concrete(out):  # inside an eager shard_map everything is traced
                 return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
@@ -90,7 +90,8 @@ def time_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _host_device() -> Any:
+def host_device() -> Any:
+    """Return the device of the host's own memory."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # a runtime started with the accelerator as its only platform

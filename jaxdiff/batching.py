@@ -28,15 +28,21 @@ def _chunk(
     return eqx.filter_vmap(at)(rows, jax.tree.map(lambda a: jnp.asarray(a)[rows], each))
 
 
-_chunk_jit = eqx.filter_jit(_chunk)
-
-
-@eqx.filter_jit
-def _all_chunks(rows: Int[Array, "chunks chunk"], *args: Any) -> Any:
+def run_chunks(
+    rows: Int[Array, "chunks chunk"],
+    one: Callable[..., Any],
+    key: PRNGKeyArray | None,
+    each: tuple[Any, ...],
+    start: Any,
+) -> Any:
+    """Run one chunk of rows after the other; the result has one row for each of them."""
     if rows.shape[0] == 1:
-        return _chunk(rows[0], *args)
-    out = jax.lax.map(lambda r: _chunk(r, *args), rows)
+        return _chunk(rows[0], one, key, each, start)
+    out = jax.lax.map(lambda r: _chunk(r, one, key, each, start), rows)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+
+_run_chunks = eqx.filter_jit(run_chunks)
 
 
 def many(
@@ -70,9 +76,9 @@ def many(
     if progress:
         from tqdm.auto import tqdm
 
-        bar = tqdm(rows, desc=where, unit="chunk")
-        pieces = [jax.block_until_ready(_chunk_jit(r, *args)) for r in bar]
+        bar = tqdm(rows[:, None], desc=where, unit="chunk")
+        pieces = [jax.block_until_ready(_run_chunks(r, *args)) for r in bar]
         out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
     else:
-        out = _all_chunks(rows, *args)
+        out = _run_chunks(rows, *args)
     return jax.tree.map(lambda a: a[:num], out)

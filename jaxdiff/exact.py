@@ -257,8 +257,12 @@ class Empirical(AbstractExact):
         directions = _directions("empirical", vs, x).reshape(-1, x.size).astype(x.dtype)
         centre = self.centre.astype(x.dtype)
         flat = x.reshape(-1) - alpha * centre
-        total = streaming.posterior(alpha, sigma, flat, directions, self.atoms, self.log_weights)
+        total = streaming.known(self.moments(alpha, sigma, flat, directions))
         return total, total.mean + centre, (flat - alpha * total.mean) / sigma
+
+    def moments(self, alpha: Scalar, sigma: Scalar, x: Array, vs: Array) -> streaming.Moments:
+        """Pass over the data: the summary of all atoms at a centred sample, (d,)."""
+        return streaming.pass_over(alpha, sigma, x, vs, self.atoms, self.log_weights)
 
     def pair(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
@@ -331,7 +335,8 @@ def _finite(where: str, argument: str, values: Array) -> None:
         raise _check.bad(where, argument, "finite", "NaN or infinity")
 
 
-def _log_weights(where: str, weights: Any, n: int) -> Array:
+def log_weights(where: str, weights: Any, n: int) -> Array:
+    """Return the logarithms of weights, divided by their sum, or raise if they are none."""
     weights = jnp.asarray(weights, jnp.result_type(float))
     if weights.shape != (n,):
         raise _check.bad(where, "weights", f"of shape ({n},)", weights.shape)
@@ -400,7 +405,7 @@ def mixture(
     _process("mixture", process)
     _finite("mixture", "means", means)
     values, basis = _spectrum("mixture", "covs", covs, k, means.shape[1:])
-    return Mixture(process, _log_weights("mixture", weights, k), means, values, basis)
+    return Mixture(process, log_weights("mixture", weights, k), means, values, basis)
 
 
 def gaussian(
@@ -454,7 +459,7 @@ def empirical(
         raise _check.bad("empirical", "data", "of shape (N, *dims) with N >= 1", data.shape)
     _finite("empirical", "data", data)
     n, chunk = data.shape[0], min(chunk, data.shape[0])
-    log_p = _log_weights("empirical", jnp.ones(n) if weights is None else weights, n)
+    log_p = log_weights("empirical", jnp.ones(n) if weights is None else weights, n)
     pad = -n % chunk
     atoms = data.reshape(n, -1)
     centre = jnp.mean(atoms.astype(time_dtype(data.dtype)), axis=0)

@@ -28,9 +28,10 @@ from jaxdiff.solvers.reversible import AbstractReversible, Inverted, kind
 from jaxdiff.solvers.travel import arrive, travel_back
 
 
-def _invert(
-    denoiser: AbstractDenoiser, plan: Plan, x: Array, pair: Any, cond: Cond, step: int
+def invert_as_planned(
+    denoiser: AbstractDenoiser, plan: Plan, step: int, x: Array, pair: Any, cond: Cond
 ) -> Inverted:
+    """Run the steps of a plan backwards, down to the one with number `step`."""
     solver: Any = plan.solver
     ts, nfe = jnp.asarray(plan.ts), solver.cost(len(plan.ts) - 1 - step)
     if pair is None:
@@ -48,7 +49,7 @@ def _invert(
     return Inverted(noise, pair, result, jnp.asarray(nfe), step, left, kind(solver))
 
 
-_invert_jit = eqx.filter_jit(_invert)
+_invert_jit = eqx.filter_jit(invert_as_planned)
 
 
 def invert(
@@ -101,36 +102,48 @@ def invert(
     References:
         Wang et al. 2024 (2410.07273), algorithm 1; Wallace et al. 2022 (2211.12446).
     """
-    pair = None
-    if isinstance(x, Samples):
-        if "pair" not in x.aux:
-            expected = "an array, or a result of draw with a reversible solver"
-            raise _check.bad("invert", "x", expected, f"Samples with aux {sorted(x.aux)}")
-        x, pair = x.x, x.aux["pair"]
-    x = floating(x)
+    x, pair = sample_and_pair("invert", x)
+    plan, step = plan_invert("invert", denoiser, x, pair, solver, ts, freeze)
+    return _invert_jit(denoiser, plan, step, x, pair, cond)
+
+
+def sample_and_pair(where: str, x: Any) -> tuple[Array, Array | None]:
+    """Return a sample, and its pair of states where it is the result of a reversible solver."""
+    if not isinstance(x, Samples):
+        return floating(x), None
+    if "pair" not in x.aux:
+        expected = "an array, or a result of draw with a reversible solver"
+        raise _check.bad(where, "x", expected, f"Samples with aux {sorted(x.aux)}")
+    return floating(x.x), x.aux["pair"]
+
+
+def plan_invert(
+    where: str, denoiser: Any, x: Any, pair: Any, solver: Any, ts: Any, freeze: Any
+) -> tuple[Plan, int]:
+    """Check the arguments of `invert`; return the solve and the step to stop before."""
     if not isinstance(solver, AbstractReversible):
         expected = "a reversible one, as SymmetricLeapfrog()"
-        raise _check.bad("invert", "solver", expected, repr(solver))
-    solver.check_reversible("invert")
-    _check.number("invert", "freeze", freeze, 0, 1)
+        raise _check.bad(where, "solver", expected, repr(solver))
+    solver.check_reversible(where)
+    _check.number(where, "freeze", freeze, 0, 1)
     if not is_concrete(freeze):
-        raise _check.bad("invert", "freeze", "known before tracing", freeze)
+        raise _check.bad(where, "freeze", "known before tracing", freeze)
     options = Options(False, False, None, None, None, None, None, max_steps=1)
-    plan = plan_solve("invert", denoiser, solver, ts, x.dtype, options)
+    plan = plan_solve(where, denoiser, solver, ts, x.dtype, options)
     if plan.denoise:
         expected = "a time with sigma > 0: the last step to sigma = 0 forgets the state"
-        raise _check.bad("invert", "ts[-1]", expected, f"t={plan.last[1]!r}")
+        raise _check.bad(where, "ts[-1]", expected, f"t={plan.last[1]!r}")
     steps = len(plan.ts) - 1
     step = round(float(freeze) * steps) + solver.lag
     if step >= steps:
         expected = f"so small that more than {solver.lag} of the {steps} steps of ts are left"
-        raise _check.bad("invert", "freeze", expected, f"{freeze!r}")
+        raise _check.bad(where, "freeze", expected, f"{freeze!r}")
     if pair is not None:
         expected = jax.eval_shape(solver.store, jax.ShapeDtypeStruct((2, *x.shape), x.dtype))
         if pair.shape != expected.shape or pair.dtype != expected.dtype:
             got = f"a pair of {pair.dtype}{list(pair.shape)}"
-            raise _check.bad("invert", "x", "one result of draw with the same solver", got)
-    return _invert_jit(denoiser, plan, x, pair, cond, step)
+            raise _check.bad(where, "x", "one result of draw with the same solver", got)
+    return plan, step
 
 
 def edit(

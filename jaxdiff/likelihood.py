@@ -188,7 +188,7 @@ def _excess(key: PRNGKeyArray, path: _Path, taus: Array, ys: Array) -> Array:
     return jax.lax.map(one, (jnp.arange(taus.shape[0]), taus, ys))
 
 
-def _log_prob(
+def log_prob_of(
     key: PRNGKeyArray | None,
     denoiser: AbstractDenoiser,
     x: Array,
@@ -198,6 +198,7 @@ def _log_prob(
     terminal: exact.AbstractExact | None,
     debias: int,
 ) -> LogProb:
+    """Solve for one sample as planned."""
     process, ts = denoiser.process, jnp.asarray(plan.ts)
     lams = jnp.asarray(plan.nodes)
     noise = None if key is None else stream(key, PROBES)
@@ -234,7 +235,7 @@ def _log_prob(
     return LogProb(hide(log_prob), hide(error), hide(x_T), result, jnp.asarray(steps))
 
 
-_log_prob_jit = eqx.filter_jit(_log_prob)
+_log_prob_jit = eqx.filter_jit(log_prob_of)
 
 
 def log_prob(
@@ -332,31 +333,50 @@ def log_prob(
     """
     x = floating(x)
     x = x.astype(time_dtype(x.dtype))
+    options = Options(False, False, None, "ode", "lam", controller, adjoint, max_steps)
+    plan, trace, key = plan_log_prob(
+        "log_prob", denoiser, x.dtype, ts, solver, trace, key, debias, terminal, options
+    )
+    return _log_prob_jit(key, denoiser, x, plan, trace, cond, terminal, debias)
+
+
+def plan_log_prob(
+    where: str,
+    denoiser: Any,
+    dtype: Any,
+    ts: Any,
+    solver: Any,
+    trace: Any,
+    key: Any,
+    debias: Any,
+    terminal: Any,
+    options: Options,
+) -> tuple[Plan, AbstractTrace, PRNGKeyArray | None]:
+    """Check the arguments of `log_prob` and compute what all samples share."""
     solver = dfx.Tsit5() if solver is None else solver
     if isinstance(solver, AbstractGridSolver | dfx.AbstractSRK):
         expected = "an ODE solver of diffrax, as diffrax.Tsit5()"
-        raise _check.bad("log_prob", "solver", expected, type(solver).__name__)
-    options = Options(False, False, None, "ode", "lam", controller, adjoint, max_steps)
+        raise _check.bad(where, "solver", expected, type(solver).__name__)
     if isinstance(denoiser, AbstractDenoiser):
         _finite_ends(denoiser.process, ts)
-    plan = plan_solve("log_prob", denoiser, solver, ts, x.dtype, options)
+    plan = plan_solve(where, denoiser, solver, ts, dtype, options)
     trace = ExactTrace() if trace is None else trace
     if not isinstance(trace, AbstractTrace):
-        raise _check.bad("log_prob", "trace", "a trace estimator of jaxdiff.fisher", repr(trace))
-    _check.whole("log_prob", "debias", debias, 0)
+        raise _check.bad(where, "trace", "a trace estimator of jaxdiff.fisher", repr(trace))
+    _check.whole(where, "debias", debias, 0)
     if debias % 2:
-        raise _check.bad("log_prob", "debias", "even, to pair its strata", debias)
+        raise _check.bad(where, "debias", "even, to pair its strata", debias)
     if debias and trace.stochastic:
         expected = "deterministic under debias, which draws its own probes"
-        raise _check.bad("log_prob", "trace", expected, type(trace).__name__)
+        raise _check.bad(where, "trace", expected, type(trace).__name__)
     if terminal is not None and not isinstance(terminal, exact.AbstractExact):
         expected = "an exact denoiser, as exact.gaussian(process, mean, cov)"
-        raise _check.bad("log_prob", "terminal", expected, repr(terminal))
+        raise _check.bad(where, "terminal", expected, repr(terminal))
     if terminal is not None:
         _same_path(denoiser.process, terminal.process, plan.ts[0])
     if trace.stochastic or debias or key is not None:
-        key = _check.key("log_prob", "key", key)
-    return _log_prob_jit(key, denoiser, x, plan, trace, cond, terminal, debias)
+        key = _check.key(where, "key", key)
+    return plan, trace, key
 
 
 def _same_path(process: AbstractProcess, other: AbstractProcess, t: Any) -> None:

@@ -6,7 +6,7 @@ nor the size of a chunk, nor the devices enter.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import diffrax as dfx
@@ -368,18 +368,39 @@ def sample(
         >>> many.x.shape
         (3, 2)
     """
-    shape, dtype = _check.dims("sample", "shape", shape), _check.floating_dtype("sample", dtype)
-    _check.whole("sample", "num", num, 1)
-    _check.whole("sample", "chunk", num if chunk is None else chunk, 1)
     options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
-    plan = plan_solve("sample", denoiser, solver, ts, dtype, options)
-    init = _init("sample", init, (num, *shape), plan, lead=1)
-    key = _check.needed_key("sample", key, needed=init is None or plan.stochastic)
-    _check.rows("sample", "cond", cond, num)
-    one = eqx.Partial(_draw_one, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan)
-    return many(
-        "sample", one, key, cond, init, num=num, start=start, chunk=chunk, progress=progress
+    one, key, each = plan_samples(
+        "sample", key, denoiser, shape, num, solver, ts, cond, init, dtype, options
     )
+    return many("sample", one, key, *each, num=num, start=start, chunk=chunk, progress=progress)
+
+
+def plan_samples(
+    where: str,
+    key: Any,
+    denoiser: Any,
+    shape: Any,
+    num: Any,
+    solver: Any,
+    ts: Any,
+    cond: Cond,
+    init: Any,
+    dtype: Any,
+    options: Options,
+) -> tuple[Callable[..., Samples], PRNGKeyArray | None, tuple[Any, Any]]:
+    """Check the arguments of `sample` and compute what samples share, before any is traced.
+
+    Returns:
+        What draws one sample, the key, and what each sample has of its own.
+    """
+    shape, dtype = _check.dims(where, "shape", shape), _check.floating_dtype(where, dtype)
+    _check.whole(where, "num", num, 1)
+    plan = plan_solve(where, denoiser, solver, ts, dtype, options)
+    init = _init(where, init, (num, *shape), plan, lead=1)
+    key = _check.needed_key(where, key, needed=init is None or plan.stochastic)
+    _check.rows(where, "cond", cond, num)
+    one = eqx.Partial(_draw_one, denoiser, jax.ShapeDtypeStruct(shape, dtype), plan)
+    return one, key, (cond, init)
 
 
 def check(samples: PyTree) -> Any:

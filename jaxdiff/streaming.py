@@ -203,7 +203,7 @@ def summarise(
     return Moments(top, mass, mean, residual, along, products, before.ratio)
 
 
-def posterior(
+def pass_over(
     alpha: ScalarLike,
     sigma: ScalarLike,
     x: Float[Array, " d"],
@@ -211,7 +211,7 @@ def posterior(
     atoms: Real[Array, "chunks chunk d"],
     log_weights: Float[Array, "chunks chunk"],
 ) -> Moments:
-    r"""Summarise a data set at one noisy sample, one chunk at a time.
+    r"""Summarise a piece of a data set at one noisy sample, one chunk at a time.
 
     Log-weights that matter, and $r$, are accurate to about $d\,u$ at every sigma, $u$ being the
     round-off (see the private `_refinement`). The error of $\hat\epsilon = (x - \alpha m)/\sigma$
@@ -228,9 +228,10 @@ def posterior(
         log_weights: $\log p_i$, (chunks, chunk); `-inf` marks padding.
 
     Returns:
-        The summary of all atoms, NaN where every weight underflows. Cost: $4(1 + k) N d$ operations
-        in products of matrices, once the queries are batched, and at small sigma, where atoms are
-        refined, $O(32 d)$ per round and chunk; memory is O(chunk d), whatever the number of atoms.
+        The summary of all atoms; see `known` for where every weight underflows. Cost:
+        $4(1 + k) N d$ operations in products of matrices, once the queries are batched, and at
+        small sigma, where atoms are refined, $O(32 d)$ per round and chunk; memory is O(chunk d),
+        whatever the number of atoms.
     """
     start = nothing(alpha, sigma, x, vs)
 
@@ -244,7 +245,33 @@ def posterior(
         # a reverse derivative keeps summaries, not chunks
         body = jax.checkpoint(add, prevent_cse=False)
         total = jax.lax.scan(body, start, (atoms, log_weights))[0]
-    known = total.mass > 0  # else x is so far away that every weight underflows
-    hide = lambda a: jnp.where(known, a, jnp.nan)  # noqa: E731
+    return total
+
+
+def all_reduce(part: Moments, axis: str) -> Moments:
+    r"""Merge the summaries that the devices along an axis of a mesh have of their pieces.
+
+    With $s_a$ the shares of the mass, $m = \sum_a s_a m_a$ and $D_a = m_a - m$,
+
+    $$ r = \sum_a s_a\left(r_a + \frac{\alpha^2}{\sigma^2}|D_a|^2\right), \qquad
+       c_v = \sum_a s_a\left(c_{v,a} + D_a\,(D_a\cdot v)\right). $$
+
+    Cost: four all-reduces, of $2 + d + k$ and $1 + k d$ numbers.
+    """
+    top = jax.lax.pmax(jax.lax.stop_gradient(part.top), axis)
+    mine = part.mass * jnp.exp(part.top - _finite(top))
+    mass = jax.lax.psum(mine, axis)
+    share = mine / jnp.where(mass > 0, mass, 1)
+    mean, along = jax.lax.psum((share * part.mean, share * part.along), axis)
+    step, step_along = part.mean - mean, part.along - along
+    residual = part.residual + part.ratio * jnp.sum(step**2)
+    products = part.products + jnp.outer(step_along, step)
+    residual, products = jax.lax.psum((share * residual, share * products), axis)
+    return Moments(top, mass, mean, residual, along, products, part.ratio)
+
+
+def known(total: Moments) -> Moments:
+    """Return a summary with NaN for what is not known, so far away that every weight underflows."""
+    hide = lambda a: jnp.where(total.mass > 0, a, jnp.nan)  # noqa: E731
     mean, residual, along, products = map(hide, total[2:6])
     return total._replace(mean=mean, residual=residual, along=along, products=products)

@@ -22,7 +22,8 @@ LAYERS = [
     ("exact",),
     ("fisher", "solvers", "flow", "guidance", "pfgm"),
     ("sampling", "likelihood"),
-    ("adjoint", "inversion", "tuning", "phase", "interpolants", "shard", "particles", "inverse"),
+    ("adjoint", "inversion", "tuning", "phase", "interpolants", "particles", "inverse"),
+    ("shard",),
 ]
 ANYTHING = {"__init__", "cli", "demo", "_demo"}
 PROGRAMS = {"cli", "demo", "_demo"}  # import anything, imported by nothing but each other
@@ -41,7 +42,7 @@ EVERYWHERE = {"*"}
 TOP = {
     "diffrax": {
         *("solvers", "sampling", "likelihood", "adjoint", "fisher.transport"),
-        *("inversion", "tuning.gits", "phase", "interpolants"),
+        *("inversion", "tuning.gits", "phase", "interpolants", "shard"),
     }
     | PROGRAMS,
     "lineax": {"fisher", "adjoint", "inverse", "guidance"},
@@ -59,7 +60,7 @@ CALLED = {
     "optax": EVERYWHERE,
     "orbax": EVERYWHERE,
     "flax": {"score"},
-    "tqdm": {"batching", "train", "tuning"},  # a bar where it is installed
+    "tqdm": {"batching", "shard", "train", "tuning"},  # a bar where it is installed
     "ott": {"flow", "transport", "metrics"},
 }
 LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm")

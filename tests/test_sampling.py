@@ -245,7 +245,7 @@ def test_nothing_is_traced_twice():
     sizes = []
     for atoms in data:
         jd.sample(KEY, jd.exact.empirical(VP, atoms), (2,), num=3, solver=DDIM(), ts=TS)
-        sizes.append(jd.batching._all_chunks._cached._cache_size())
+        sizes.append(jd.batching._run_chunks._cached._cache_size())
     assert sizes[0] == sizes[1]
 
 

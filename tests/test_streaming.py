@@ -44,7 +44,7 @@ def whole(parts, chunk):
     pad = -len(atoms) % chunk
     atoms = jnp.pad(atoms, ((0, pad), (0, 0))).reshape(-1, chunk, x.size)
     log_p = jnp.pad(log_p, (0, pad), constant_values=-jnp.inf).reshape(-1, chunk)
-    return streaming.posterior(alpha, sigma, x, vs, atoms, log_p)
+    return streaming.known(streaming.pass_over(alpha, sigma, x, vs, atoms, log_p))
 
 
 def deviations(total, expected):

@@ -1,0 +1,265 @@
+"""Long jobs: samples go to a folder as they are made, and a killed job goes on where it was.
+
+A folder holds `settings.json` and files `000000.npz, 000001.npz, ...` of equally many samples (the
+last one may have fewer). File k has the samples from index `k * per_file` on, each a function of
+the key and its index, all made by one program of one width: so what is in it does not depend on
+which run made it. A file appears whole or not at all.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Real
+
+from jaxdiff import _check, batching
+from jaxdiff._types import Cond, host_device
+from jaxdiff.sampling import Samples, plan_samples
+from jaxdiff.score import AbstractDenoiser
+from jaxdiff.shard import mesh as meshes
+from jaxdiff.solvers.plan import Engine, Options
+from jaxdiff.solvers.reversible import Inverted
+from jaxdiff.solvers.terms import ClockName
+
+_WHERE = "shard.sample_to"
+
+
+def _digest(tree: PyTree) -> str:
+    """Return a fingerprint of all that a tree holds, the same in every process."""
+    arrays = lambda leaf: eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic)  # noqa: E731
+    numbers, rest = eqx.partition(tree, arrays)
+    total = hashlib.sha256(eqx.tree_pformat(rest).encode())  # names functions without addresses
+    for leaf in jax.tree.leaves(numbers):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        value = np.asarray(meshes.gather(leaf))
+        total.update(f"{value.dtype}{value.shape}".encode())
+        total.update(np.ascontiguousarray(value).tobytes())
+    return total.hexdigest()
+
+
+def _replace(file: Path, write: Any) -> None:
+    """Write a file under another name, and give it its own when it is safely on the disk."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with open(part, "wb") as stream:
+        write(stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)
+
+
+def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as `numpy.savez` does, but with the same bytes every time."""
+
+    def write(stream: Any) -> None:
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name, value in arrays.items():
+                info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+                with archive.open(info, "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, value, allow_pickle=False)
+
+    _replace(file, write)
+
+
+def _load(file: Path, rows: int) -> dict[str, np.ndarray] | str:
+    """Return the arrays of a file after checking them, or what is wrong with it."""
+    try:
+        with open(file, "rb") as stream, np.load(stream) as archive:  # checks every byte it reads
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        return f"{type(error).__name__}: {error}"
+    short = [name for name, value in arrays.items() if value.shape[:1] != (rows,)]
+    if short or "x" not in arrays:
+        return f"{rows} samples expected, not found in {short or 'any array x'}"
+    return arrays
+
+
+def _arrays(samples: Samples, rows: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a result on the host; 16-bit floats as 32 bits, which NumPy knows."""
+    named = {"x": samples.x, "result": jax.tree.leaves(samples.result)[0], "nfe": samples.nfe}
+    host = meshes.gather(named | {f"aux_{name}": value for name, value in samples.aux.items()})
+    wide = lambda a: a.astype(np.float32) if a.dtype.kind == "V" or a.dtype == "bfloat16" else a  # noqa: E731
+    return {name: wide(value[:rows]) for name, value in host.items()}
+
+
+def _agree(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new folder, or raise if those of an old one are others."""
+    file = folder / "settings.json"
+    if file.exists():
+        try:
+            known = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            expected = "a folder of this function"
+            raise _check.bad(_WHERE, "path", expected, f"a damaged {file}: {error}") from None
+        if known != settings:
+            other = [name for name in settings if known.get(name) != settings[name]]
+            got = "; ".join(f"{name} {settings[name]!r}, was {known.get(name)!r}" for name in other)
+            expected = f"empty, or a folder made with the same settings, but {folder} was not"
+            raise _check.bad(_WHERE, "path", expected, got)
+    elif any(folder.iterdir()):
+        raise _check.bad(_WHERE, "path", "empty, or a folder of this function", str(folder))
+    else:
+        text = json.dumps(settings, indent=1) + "\n"
+        _replace(file, lambda stream: stream.write(text.encode()))
+
+
+def sample_to(
+    path: str | os.PathLike[str],
+    key: PRNGKeyArray | None,
+    denoiser: AbstractDenoiser,
+    shape: tuple[int, ...],
+    *,
+    num: int,
+    solver: dfx.AbstractSolver,
+    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
+    per_file: int = 1024,
+    mesh: Mesh | None = None,
+    axis: str = "batch",
+    cond: Cond = None,
+    init: Float[Any, "num *dims"] | Inverted | None = None,
+    start: int = 0,
+    chunk: int | None = None,
+    progress: bool = True,
+    denoise: bool = False,
+    trajectory: bool = False,
+    engine: Engine | None = None,
+    equation: Literal["ode", "sde"] | None = None,
+    clock: ClockName | None = None,
+    controller: dfx.AbstractStepSizeController | None = None,
+    adjoint: dfx.AbstractAdjoint | None = None,
+    max_steps: int = 4096,
+    dtype: Any = None,
+) -> Path:
+    """Write the samples of `jaxdiff.sample` to a folder, file by file; go on if some are there.
+
+    Call it again with the same arguments after a kill at any moment: files that are there and whole
+    are kept, a damaged one is named in a warning and made again. The files are bitwise those of one
+    uninterrupted run on the same machine. `shard.read` brings them back.
+
+    With many processes, each calls this with its own devices, and makes every so-many-th file;
+    nothing is exchanged. The folder must be one that all of them see.
+
+    Args:
+        path: folder, made if it is not there.
+        key: as for `jaxdiff.sample`, as are all arguments that are not named here.
+        denoiser: what to sample from.
+        shape: shape of one sample, `(*dims,)`.
+        num: how many samples, in all.
+        solver: as in `draw`.
+        ts: as in `draw`.
+        per_file: samples per file; with a mesh, a multiple of the size of `axis`.
+        mesh: local devices to use, as in `shard.sample`; one device by default.
+        axis: as in `shard.sample`.
+        cond: conditions, every leaf with leading axis `num`.
+        init: starting states, (num, *dims), or a vectorised `Inverted`.
+        start: index of the first sample.
+        chunk: samples per vectorised program and device; all of a file by default.
+        progress: show a bar over the files of this process.
+        denoise: as in `draw`.
+        trajectory: as in `draw`.
+        engine: as in `draw`.
+        equation: as in `draw`.
+        clock: as in `draw`.
+        controller: as in `draw`.
+        adjoint: as in `draw`.
+        max_steps: as in `draw`.
+        dtype: as in `draw`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as `jaxdiff.sample`; if the folder was made with other settings, or is not one
+            of this function; if the mesh has devices of other processes.
+    """
+    _check.whole(_WHERE, "per_file", per_file, 1)
+    _check.whole(_WHERE, "start", start, 0)
+    options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
+    one, key, each = plan_samples(
+        _WHERE, key, denoiser, shape, num, solver, ts, cond, init, dtype, options
+    )
+    run = functools.partial(batching.many, _WHERE)
+    if mesh is not None:
+        size = meshes.axis_size(_WHERE, mesh, axis)
+        if per_file % size:
+            raise _check.bad(_WHERE, "per_file", f"a multiple of the {size} devices", per_file)
+        if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+            expected = "one of this process's own devices: each process makes files of its own"
+            raise _check.bad(_WHERE, "mesh", expected, "one that spans processes")
+        one = meshes.place(mesh, one, PartitionSpec())
+        run = functools.partial(meshes.many, _WHERE, mesh, axis)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = dict(
+        num=num, start=start, per_file=per_file, chunk=chunk, shape=list(shape),
+        solver=eqx.tree_pformat(solver), digest=_digest((one, key, each)),
+    )  # fmt: skip
+    _agree(folder, settings)
+    files: Any = range(jax.process_index(), -(-num // per_file), jax.process_count())
+    if progress:
+        from tqdm.auto import tqdm
+
+        files = tqdm(files, desc=_WHERE, unit="file")
+    for k in files:
+        file, first = folder / f"{k:06d}.npz", k * per_file
+        rows = min(per_file, num - first)
+        if file.exists():
+            found = _load(file, rows)
+            if not isinstance(found, str):
+                continue
+            warnings.warn(f"{_WHERE}: {file} is damaged and is made again ({found})", stacklevel=2)
+        picked = np.minimum(np.arange(first, first + per_file), num - 1)  # one width for all files
+        own = jax.tree.map(lambda a, picked=picked: jnp.asarray(a)[picked], each)
+        samples = run(one, key, *own, num=per_file, start=start + first, chunk=chunk)
+        _write(file, _arrays(samples, rows))
+    return folder
+
+
+def read(path: str | os.PathLike[str]) -> Samples:
+    """Read what `sample_to` wrote.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        `Samples` in the memory of the host, `x: (num, *dims)`.
+
+    Raises:
+        ValueError: if files are missing or damaged, naming them.
+    """
+    folder = Path(path)
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise _check.bad(
+            "shard.read", "path", "a folder of sample_to", f"{folder}: {error}"
+        ) from None
+    num, per_file = settings["num"], settings["per_file"]
+    parts, wrong = [], []
+    for k in range(-(-num // per_file)):
+        file = folder / f"{k:06d}.npz"
+        found = _load(file, min(per_file, num - k * per_file))
+        wrong += [f"{file.name} ({found})"] if isinstance(found, str) else []
+        parts += [] if isinstance(found, str) else [found]
+    if wrong:
+        expected = f"complete; call sample_to again to make what is missing of {folder}"
+        raise _check.bad("shard.read", "path", expected, ", ".join(wrong))
+    with jax.default_device(host_device()):
+        whole = {
+            name: jnp.asarray(np.concatenate([part[name] for part in parts])) for name in parts[0]
+        }
+    result = jax.tree.map(lambda _: whole["result"], dfx.RESULTS.successful)
+    aux = {name.removeprefix("aux_"): a for name, a in whole.items() if name.startswith("aux_")}
+    return Samples(whole["x"], result, whole["nfe"], aux)
