@@ -1,5 +1,8 @@
 """Settings of the whole suite: float64 unless a test says otherwise, and no silent broadcasting."""
 
+import gc
+from pathlib import Path
+
 import jax
 import jaxtyping
 import pytest
@@ -7,6 +10,21 @@ import pytest
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_threefry_partitionable", True)
+
+MAPS, MOST = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forget compiled programs before they are too many.
+
+    Each keeps some maps of memory, of which Linux gives a process 65,530 by default; then a
+    compilation ends in a segmentation fault.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
