@@ -125,6 +125,9 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"path must be empty, or a folder .*{said}"):
             shard.sample_to(tmp_path / "a", key, denoiser, (2,), **task)
     assert files_of(tmp_path / "a") == whole
+    (tmp_path / "c").mkdir()  # in which another process is writing the settings just now
+    (tmp_path / "c" / ".settings.json.1.part").write_text("{")
+    shard.sample_to(tmp_path / "c", KEY, MIX, (2,), **TASK)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="path must be empty, or a folder of this function"):

@@ -97,6 +97,8 @@ def _arrays(samples: Samples, rows: int) -> dict[str, np.ndarray]:
 def _agree(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new folder, or raise if those of an old one are others."""
     file = folder / "settings.json"
+    # Listed before the settings are looked for: another process may be writing them just now.
+    others = [entry for entry in folder.iterdir() if not entry.name.endswith(".part")]
     if file.exists():
         try:
             known = json.loads(file.read_text())
@@ -108,7 +110,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
             got = "; ".join(f"{name} {settings[name]!r}, was {known.get(name)!r}" for name in other)
             expected = f"empty, or a folder made with the same settings, but {folder} was not"
             raise _check.bad(_WHERE, "path", expected, got)
-    elif any(folder.iterdir()):
+    elif others:
         raise _check.bad(_WHERE, "path", "empty, or a folder of this function", str(folder))
     else:
         text = json.dumps(settings, indent=1) + "\n"
