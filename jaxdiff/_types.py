@@ -1,5 +1,6 @@
 """Array aliases, key streams and the float64 host evaluator that every module shares."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -8,7 +9,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_context
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Real
 
 Scalar: TypeAlias = Float[Array, ""]
@@ -60,7 +61,10 @@ def _widen(leaf: Any) -> Any:
     return leaf
 
 
-@eqx.filter_jit
+# Scalars per step are not worth optimised code: it takes twice as long to compile.
+@functools.partial(  # type: ignore[call-overload]
+    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 def _call(fn: Callable[..., _T], args: tuple[Any, ...]) -> _T:
     return fn(*args)
 
@@ -78,10 +82,11 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
     """
     if is_concrete(fn, args):
         wide = jax.tree.map(_widen, (fn, args))
-        with _x64(), jax.ensure_compile_time_eval(), jax.default_device(host_device()):
+        # eval_context leaves any trace around this call; ensure_compile_time_eval would also fold
+        # the constants inside it, each by a compilation of its own.
+        with _x64(), eval_context(), jax.default_device(host_device()):
             out = _call(*wide)
-            if is_concrete(out):  # inside an eager shard_map everything is traced
-                return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
+            return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
     return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
 
 

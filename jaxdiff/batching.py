@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxdiff import _check
@@ -45,6 +46,15 @@ def run_chunks(
 _run_chunks = eqx.filter_jit(run_chunks)
 
 
+def chunks(where: str, num: int, chunk: int | None) -> np.ndarray:
+    """Return the rows of every chunk, (chunks, width); the last one repeats the last row."""
+    _check.whole(where, "num", num, 1)
+    width = num if chunk is None else chunk
+    _check.whole(where, "chunk", width, 1)
+    count = -(-num // width)
+    return np.minimum(np.arange(count * width), num - 1).reshape(count, width).astype(np.int32)
+
+
 def many(
     where: str,
     one: Callable[..., Any],
@@ -67,11 +77,7 @@ def many(
         chunk: how many at once; all of them by default.
         progress: show a bar over the chunks.
     """
-    _check.whole(where, "num", num, 1)
-    _check.whole(where, "chunk", num if chunk is None else chunk, 1)
-    width = num if chunk is None else chunk
-    count = -(-num // width)
-    rows = jnp.minimum(jnp.arange(count * width), num - 1).reshape(count, width)
+    rows: Any = chunks(where, num, chunk)
     args = (one, key, each, _check.start(start))
     if progress:
         from tqdm.auto import tqdm

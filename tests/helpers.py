@@ -74,8 +74,7 @@ SOLVERS = {
     "EulerMaruyama(u)": (solvers.EulerMaruyama("u"), None, 1),
     "EulerMaruyama(t)": (solvers.EulerMaruyama("t"), None, 1),
 }
-DETERMINISTIC = {name: row for name, row in SOLVERS.items() if row[1] is not None}
-# Those whose order is measured in files of their own, as (instance, None, evaluations per step).
+# Those whose rows are more than a `Row`, or whose noise is tested in a file of its own.
 OTHERS = {
     "DPMpp2MSDE": (solvers.DPMpp2MSDE(), None, 1),
     "SASolver": (solvers.SASolver(), None, 1),
@@ -86,20 +85,22 @@ OTHERS = {
     "Churn": (solvers.Churn(), None, 2),
     "SplitNoise": (solvers.SplitNoise(), None, 1),
     "LangevinCorrected": (solvers.LangevinCorrected(solvers.DPMpp2M()), None, None),
-    "HeavyBall": (solvers.HeavyBall(solvers.DPMpp2M()), None, 1),
-    "GHVB": (solvers.GHVB(3), None, 1),
-    "DPMSolverV3": (solvers.DPMSolverV3(FLAT), None, 1),
-    "BELM": (solvers.BELM(), None, 1),
-    "BDIA": (solvers.BDIA(), None, 1),
-    "SymmetricLeapfrog": (solvers.SymmetricLeapfrog(), None, 1),
+    "HeavyBall": (solvers.HeavyBall(solvers.DPMpp2M()), 1, 1),
+    "GHVB": (solvers.GHVB(3), 2, 1),
+    "DPMSolverV3": (solvers.DPMSolverV3(FLAT), 4, 1),
+    "BELM": (solvers.BELM(), 2, 1),
+    "BDIA": (solvers.BDIA(), 2, 1),
+    "SymmetricLeapfrog": (solvers.SymmetricLeapfrog(), 2, 1),
     "SymmetricLeapfrog(bits)": (solvers.SymmetricLeapfrog(bits=20), None, 1),
-    "VelocityLeapfrog": (solvers.VelocityLeapfrog(), None, 1),
-    "EDICT": (solvers.EDICT(), None, 2),
-    "McCallumFoster": (solvers.McCallumFoster(solvers.Heun()), None, 4),
+    "VelocityLeapfrog": (solvers.VelocityLeapfrog(), 2, 1),
+    "EDICT": (solvers.EDICT(), 1, 2),
+    "McCallumFoster": (solvers.McCallumFoster(solvers.Heun()), 2, 4),
 }
+DETERMINISTIC = {name: row for name, row in (SOLVERS | OTHERS).items() if row[1] is not None}
 # Those that see the path through log-SNR only: x/alpha does not depend on it, one atom is exact.
 EXPONENTIAL = {
     name: row
     for name, row in DETERMINISTIC.items()
-    if ", t)" not in name and ", t," not in name and name != "F-PNDM"
+    if ", t)" not in name and ", t," not in name
+    if name not in ("F-PNDM", "BDIA", "VelocityLeapfrog", "EDICT")
 }

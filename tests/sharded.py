@@ -71,6 +71,21 @@ def test_nothing_is_exchanged():
     assert "fusion" in text  # there is a program
 
 
+def test_nothing_is_traced_twice():
+    traces = []
+
+    def net(t, x, cond):
+        traces.append(1)
+        return jnp.tanh(x)
+
+    model, task = jd.Denoiser(VP, net), dict(num=8, solver=jd.solvers.DDIM(), ts=TS)
+    for run in (functools.partial(shard.sample, mesh_of(4)), shard.pmap_sample):
+        run(KEY, model, (2,), **task)
+        before = len(traces)
+        run(jax.random.key(1), model, (2,), start=5, **task)
+        assert len(traces) == before > 0
+
+
 def test_a_failed_sample_concerns_nobody_else():
     """One of eight, on the second of four devices, needs more steps than it may make."""
 
@@ -171,6 +186,11 @@ def test_likelihoods_and_inversions():
     want = jax.vmap(one)(jnp.arange(8, dtype=jnp.uint32), x)
     np.testing.assert_allclose(got.log_prob, want.log_prob, rtol=1e-10)
     np.testing.assert_allclose(got.error, want.error, rtol=1e-10)
+
+    net = jd.Denoiser(VP, lambda t, x, cond: jnp.tanh(x))  # with its exact trace
+    got = shard.log_prob(mesh_of(4), net, x, ts=TS).log_prob
+    want = jax.vmap(lambda x: jd.log_prob(net, x, ts=TS).log_prob)(x)
+    np.testing.assert_allclose(got, want, rtol=1e-10)
 
     trip = dict(solver=jd.solvers.SymmetricLeapfrog(), ts=TS)
     noise = shard.invert(mesh_of(4), MIX, x, **trip)

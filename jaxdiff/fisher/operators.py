@@ -116,7 +116,8 @@ def _noise_jacobian(
 
 
 def _operator(fn: Any, x: Array, *tags: object) -> lx.FunctionLinearOperator:
-    return lx.FunctionLinearOperator(fn, jax.ShapeDtypeStruct(x.shape, x.dtype), frozenset(tags))
+    structure = jax.eval_shape(lambda x: x, x)  # which inside shard_map says where x lies
+    return lx.FunctionLinearOperator(fn, structure, frozenset(tags))
 
 
 def _noise_covariance(denoiser: AbstractDenoiser, t: Any, x: Array) -> Any:

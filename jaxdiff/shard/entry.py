@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact
 from jaxdiff._types import Cond, time_dtype
-from jaxdiff.batching import run_chunks
+from jaxdiff.batching import chunks, run_chunks
 from jaxdiff.fisher.trace import AbstractTrace
 from jaxdiff.inversion import invert_as_planned, plan_invert, sample_and_pair
 from jaxdiff.likelihood import LogProb, log_prob_of, plan_log_prob
@@ -257,12 +257,9 @@ def pmap_sample(
         where, key, denoiser, shape, num, solver, ts, cond, init, dtype, options
     )
     n = block(where, num, len(chosen))
-    _check.whole(where, "chunk", n if chunk is None else chunk, 1)
-    width = n if chunk is None else chunk
-    count = -(-n // width)
-    rows = jnp.minimum(jnp.arange(count * width), n - 1).reshape(count, width)
+    rows = jnp.asarray(chunks(where, n, chunk))
     index = jnp.arange(len(chosen), dtype=jnp.uint32) * np.uint32(n)
     fold = lambda a: jnp.asarray(a).reshape(len(chosen), n, *jnp.shape(a)[1:])  # noqa: E731
     each = jax.tree.map(fold, each)
     out = _pmapped(chosen)(index, rows, one, key, each, _check.start(start))
-    return out if count * width == n else jax.tree.map(lambda a: a[:, :n], out)
+    return out if rows.size == n else jax.tree.map(lambda a: a[:, :n], out)

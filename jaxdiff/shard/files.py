@@ -192,7 +192,7 @@ def sample_to(
     one, key, each = plan_samples(
         _WHERE, key, denoiser, shape, num, solver, ts, cond, init, dtype, options
     )
-    run = functools.partial(batching.many, _WHERE)
+    run, size = functools.partial(batching.many, _WHERE), 1
     if mesh is not None:
         size = meshes.axis_size(_WHERE, mesh, axis)
         if per_file % size:
@@ -205,7 +205,7 @@ def sample_to(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        num=num, start=start, per_file=per_file, chunk=chunk, shape=list(shape),
+        num=num, start=start, per_file=per_file, chunk=chunk, devices=size, shape=list(shape),
         solver=eqx.tree_pformat(solver), digest=_digest((one, key, each)),
     )  # fmt: skip
     _agree(folder, settings)
@@ -223,7 +223,7 @@ def sample_to(
                 continue
             warnings.warn(f"{_WHERE}: {file} is damaged and is made again ({found})", stacklevel=2)
         picked = np.minimum(np.arange(first, first + per_file), num - 1)  # one width for all files
-        own = jax.tree.map(lambda a, picked=picked: jnp.asarray(a)[picked], each)
+        own = jax.tree.map(lambda a, picked=picked: a[picked], each)
         samples = run(one, key, *own, num=per_file, start=start + first, chunk=chunk)
         _write(file, _arrays(samples, rows))
     return folder

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
-from jaxdiff.batching import run_chunks
+from jaxdiff.batching import chunks, run_chunks
 
 
 def axis_size(where: str, mesh: Any, axis: Any) -> int:
@@ -121,10 +121,8 @@ def many(
     As `batching.many`, of which every device runs one; `chunk` is per device.
     """
     n = block(where, num, axis_size(where, mesh, axis))
-    _check.whole(where, "chunk", n if chunk is None else chunk, 1)
-    width = n if chunk is None else chunk
-    count = -(-n // width)
-    rows: Any = np.minimum(np.arange(count * width), n - 1).reshape(count, width).astype(np.int32)
+    rows: Any = chunks(where, n, chunk)
+    exact = rows.size == n
     one, key, start = place(mesh, (one, key, _check.start(start)), P())
     each = place(mesh, each, P(axis))
     if progress:
@@ -139,8 +137,7 @@ def many(
             pieces.append(_run(mesh, axis, n, place(mesh, part, P()), one, key, each, start))
             if progress:
                 jax.block_until_ready(pieces[-1])
-        whole = len(pieces) == 1 and count * width == n
-        return pieces[0] if whole else _join(mesh, axis, n, pieces)
+        return pieces[0] if len(pieces) == 1 and exact else _join(mesh, axis, n, pieces)
 
 
 def _nothing_but(mesh: Mesh) -> Any:

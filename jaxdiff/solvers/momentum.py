@@ -79,6 +79,7 @@ class HeavyBall(AbstractWrapper):
     solver: AbstractGridSolver
     beta: ScalarLike = 0.8
     rows: Any = None
+    claimed_order = 1  # type: ignore[assignment]
 
     def __check_init__(self) -> None:
         known = isinstance(self.solver, AbstractGridSolver)

@@ -12,7 +12,8 @@ current and older outputs, of which the first steps of a run have fewer.
 | `PNDM` | $\hat\epsilon$ | the number of the step | constant |
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -160,6 +161,16 @@ class DPMpp3M(AbstractGridSolver):
         return Row(decay, gain, (one, two))
 
 
+class _Span(NamedTuple):
+    """One step as its quadratures see it: log-SNRs of the nodes, length, scale, kernel."""
+
+    lams: Array
+    count: Array  # how many of the nodes count
+    h: Array
+    size: Array
+    kernel: Callable[[Array], Array]
+
+
 class UniPC(AbstractGridSolver):
     r"""UniPC-p: a multistep predictor and a corrector that re-uses the next evaluation.
 
@@ -212,59 +223,58 @@ class UniPC(AbstractGridSolver):
         predictor = self.p if self.predictor else 1
         return min(predictor, self.p) + 1 if self.corrector else predictor
 
-    def _half(self, process: AbstractProcess, ts: Array, h: Array) -> Array:
+    def _half(self, span: _Span) -> Array:
         r"""Return half of the gain with the paper's B in place of $h\varphi_1$."""
-        if self.output == "x0":
-            scale, z = -process.alpha(ts[0]), -h
-        else:
-            scale, z = -process.sigma(ts[0]), h
-        return scale * (z if self.variant == "bh1" else jnp.expm1(z)) / 2
+        z = -span.h if self.output == "x0" else span.h
+        return -span.size * (z if self.variant == "bh1" else jnp.expm1(z)) / 2
 
-    def _predict(self, process: AbstractProcess, ts: Array, most: Any) -> Array:
-        weights = adams(process, ts, most, self.output)
+    def _span(self, process: AbstractProcess, ts: Array, most: Any) -> _Span:
+        """Return what predictor and corrector of the step `ts[1] -> ts[0]` share."""
         lams, count = history(process, ts, most)
+        h, _ = step_length(process, ts)
+        h = jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
+        of_m = self.output == "x0"
+        size = process.alpha(ts[0]) if of_m else process.sigma(ts[0])
+        return _Span(lams, count, h, size, of_mean(size, h) if of_m else of_noise(size, h))
+
+    def _predict(self, span: _Span) -> Array:
+        lams, _, h, _, kernel = span
+        count = span.count if self.predictor else jnp.ones_like(span.count)
+        weights = integrals(kernel, lambda lam: lam, lams[0], h, lams, count)[1:]
         if self.p > 1:
-            h, _ = step_length(process, ts)
-            shortcut = self._half(process, ts, h) * h / (lams[1] - lams[0])
+            shortcut = self._half(span) * h / (lams[1] - lams[0])
             weights = weights.at[0].set(jnp.where(count == 2, shortcut, weights[0]))
         return weights
 
-    def _correct(self, process: AbstractProcess, ts: Array, left: Any, used: Array) -> Array:
-        """Return what redoing the step `ts[1] -> ts[0]` adds, as weights of outputs at `ts`.
+    def _correct(self, span: _Span) -> Array:
+        """Return what redoing a step adds, as weights of outputs from its end on.
 
-        The outputs at `ts[1:]` are older than the one at `ts[0]`, from which they differ.
+        The outputs of the span are older than the one at its end, from which they differ.
         """
-        lams, count = history(process, ts, limit(self.p, left, self.lower_order_final))
-        h = jnp.where(used, step_length(process, ts)[0], 1.0)
-        if self.output == "x0":
-            kernel = of_mean(process.alpha(ts[0]), h)
-        else:
-            kernel = of_noise(process.sigma(ts[0]), h)
+        lams, count, h, _, kernel = span
         nodes = [lams[0] + h, *lams]
         exact = integrals(kernel, lambda lam: lam, lams[0], h, nodes, count + 1)
-        new = jnp.where(count == 1, self._half(process, ts, h), exact[0])
-        most = limit(self.p if self.predictor else 1, left, self.lower_order_final)
-        change = exact[2:] - self._predict(process, ts, most)  # of differences from that at ts[1]
-        older = jnp.concatenate([(-new - jnp.sum(change))[None], change])
-        return jnp.where(used, older, 0.0)
+        new = jnp.where(count == 1, self._half(span), exact[0])
+        change = exact[2:] - self._predict(span)  # of differences from the output at its start
+        return jnp.concatenate([(-new - jnp.sum(change))[None], change])
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Row:
         """Correct the step that led here, then predict."""
         decay, gain, _ = transfer(process, ts[1], ts[0])
-        most = limit(self.p if self.predictor else 1, left, self.lower_order_final)
+        most = limit(self.p, left, self.lower_order_final)
         if not self.corrector:
-            return Row(decay, gain, self._predict(process, ts, most))
-        used = (jnp.asarray(n) > 0) & (ts[2] > ts[1])
-        used = used & (log_snr_step(process, ts[2], ts[1]) < jnp.inf)
+            return Row(decay, gain, self._predict(self._span(process, ts, most)))
+        weights = jnp.pad(self._predict(self._span(process, ts[:-1], most)), (0, 1))
+        used = (jnp.asarray(n) > 0) & (ts[2] > ts[1]) & (process.alpha(ts[2]) > 0)
         for step in self.skip:
             used = used & (jnp.asarray(n) - 1 != step)
         # What is added to the state decays with it, the network output held as it is.
         kept = decay
         if self.output == "eps":
             kept = process.alpha(ts[0]) / jnp.where(used, process.alpha(ts[1]), 1.0)
-        kept = jnp.where(used, kept, 0.0)
-        correction = kept * self._correct(process, ts[1:], jnp.asarray(left) + 1, used)
-        return Row(decay, gain, jnp.pad(self._predict(process, ts[:-1], most), (0, 1)) + correction)
+        most = limit(self.p, jnp.asarray(left) + 1, self.lower_order_final)
+        correction = self._correct(self._span(process, ts[1:], most))
+        return Row(decay, gain, weights + jnp.where(used, kept * correction, 0.0))
 
 
 class DEIS(AbstractGridSolver):
