@@ -1,5 +1,6 @@
 """Array aliases, key streams and the float64 host evaluator that every module shares."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -61,12 +62,24 @@ def _widen(leaf: Any) -> Any:
     return leaf
 
 
-# Scalars per step are not worth optimised code: it takes twice as long to compile.
-@functools.partial(  # type: ignore[call-overload]
-    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-def _call(fn: Callable[..., _T], args: tuple[Any, ...]) -> _T:
-    return fn(*args)
+# Scalars per step are not worth optimised code: it takes four times as long to compile.
+_HASTY: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+@functools.cache
+def _hasty() -> Any:
+    """Return `(fn, args) -> fn(*args)`, jitted with the options that this XLA knows."""
+    known = {}
+    for option, value in _HASTY.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such option
+            jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+            known[option] = value
+    jit: Any = eqx.filter_jit
+    return jit(lambda fn, args: fn(*args), compiler_options=known)
 
 
 def host64(fn: Callable[..., Any], *args: Any) -> Any:
@@ -85,7 +98,7 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
         # eval_context leaves any trace around this call; ensure_compile_time_eval would also fold
         # the constants inside it, each by a compilation of its own.
         with _x64(), eval_context(), jax.default_device(host_device()):
-            out = _call(*wide)
+            out = _hasty()(*wide)
             return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
     return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
 

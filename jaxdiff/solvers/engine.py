@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff._types import Cond, host64, time_dtype
+from jaxdiff._types import Cond, host64, is_concrete, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.terms import View, view
@@ -73,14 +73,17 @@ class State(NamedTuple):
     extra: Any = ()
 
 
-def _tabulate(solver: "AbstractGridSolver", process: AbstractProcess, ts: Array, more: int) -> Any:
+def _tabulate(
+    solver: "AbstractGridSolver", process: AbstractProcess, ts: Array, more: int, known: bool
+) -> Any:
     steps = jnp.arange(ts.shape[0] - 1)
     older = [jnp.maximum(steps - j, 0) for j in range(solver.memory + 1)]
     windows = jnp.stack([ts[steps + 1], *(ts[i] for i in older)], axis=1)
     left = steps.shape[0] + more - steps
-    return jax.vmap(lambda window, n, left: solver.row(process, window, n, left))(
-        windows, steps, left
-    )
+    row = lambda window, n, left: solver.row(process, window, n, left)  # noqa: E731
+    if known:  # on the host one after the other, which is less to trace and to compile
+        return jax.lax.map(lambda args: row(*args), (windows, steps, left))
+    return jax.vmap(row)(windows, steps, left)
 
 
 def combine(row: Row, x: Array, m: Array, outputs: Sequence[Array], normals: Any) -> Array:
@@ -181,7 +184,8 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
         Use it with a step-size controller that steps to exactly these times. `more` steps, made
         by somebody else, follow the last one.
         """
-        return dataclasses.replace(self, rows=host64(_tabulate, self, process, ts, more))
+        known = is_concrete(self, process, ts)
+        return dataclasses.replace(self, rows=host64(_tabulate, self, process, ts, more, known))
 
     def order(self, terms: Any) -> int:
         """Return the order of convergence on a smooth grid, as claimed."""

@@ -40,10 +40,14 @@ def transfer(
     the posterior $q(x_1 | x_0, m)$ of DDPM.
     """
     h = log_snr_step(process, t0, t1)
-    endless, eta = jnp.isinf(h), jnp.asarray(eta)
+    endless, alpha1, sigma1 = jnp.isinf(h), process.alpha(t1), process.sigma(t1)
     finite = jnp.where(endless, 1.0, h)
+    if is_concrete(eta) and float(eta) == 0:  # the same as below, in fewer operations
+        decay = sigma1 / process.sigma(t0)
+        gain = jnp.where(endless, alpha1 - process.alpha(t0) * decay, -alpha1 * jnp.expm1(-finite))
+        return decay, gain, jnp.zeros_like(gain)
+    eta = jnp.asarray(eta)
     log_q = 0.5 * _log_kept(eta, finite)
-    alpha1, sigma1 = process.alpha(t1), process.sigma(t1)
     limit = jnp.sqrt(1 - jnp.where(endless, eta, 0.0) ** 2)
     decay = sigma1 / process.sigma(t0) * jnp.where(endless, limit, jnp.exp(log_q))
     gain = jnp.where(

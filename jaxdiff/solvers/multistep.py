@@ -12,7 +12,6 @@ current and older outputs, of which the first steps of a run have fewer.
 | `PNDM` | $\hat\epsilon$ | the number of the step | constant |
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -162,13 +161,12 @@ class DPMpp3M(AbstractGridSolver):
 
 
 class _Span(NamedTuple):
-    """One step as its quadratures see it: log-SNRs of the nodes, length, scale, kernel."""
+    """One step as its quadratures see it."""
 
-    lams: Array
-    count: Array  # how many of the nodes count
+    lams: Array  # of the nodes, newest first
+    count: Array  # how many of them count
     h: Array
-    size: Array
-    kernel: Callable[[Array], Array]
+    size: Array  # alpha or sigma at the end
 
 
 class UniPC(AbstractGridSolver):
@@ -233,29 +231,30 @@ class UniPC(AbstractGridSolver):
         lams, count = history(process, ts, most)
         h, _ = step_length(process, ts)
         h = jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
-        of_m = self.output == "x0"
-        size = process.alpha(ts[0]) if of_m else process.sigma(ts[0])
-        return _Span(lams, count, h, size, of_mean(size, h) if of_m else of_noise(size, h))
+        size = process.alpha(ts[0]) if self.output == "x0" else process.sigma(ts[0])
+        return _Span(lams, count, h, size)
+
+    def _weights(self, span: _Span, nodes: Any, count: Any) -> Array:
+        kernel = (of_mean if self.output == "x0" else of_noise)(span.size, span.h)
+        return integrals(kernel, lambda lam: lam, span.lams[0], span.h, nodes, count)
 
     def _predict(self, span: _Span) -> Array:
-        lams, _, h, _, kernel = span
+        lams, _, h, _ = span
         count = span.count if self.predictor else jnp.ones_like(span.count)
-        weights = integrals(kernel, lambda lam: lam, lams[0], h, lams, count)[1:]
+        weights = self._weights(span, lams, count)[1:]
         if self.p > 1:
             shortcut = self._half(span) * h / (lams[1] - lams[0])
             weights = weights.at[0].set(jnp.where(count == 2, shortcut, weights[0]))
         return weights
 
-    def _correct(self, span: _Span) -> Array:
+    def _correct(self, span: _Span, predicted: Array) -> Array:
         """Return what redoing a step adds, as weights of outputs from its end on.
 
         The outputs of the span are older than the one at its end, from which they differ.
         """
-        lams, count, h, _, kernel = span
-        nodes = [lams[0] + h, *lams]
-        exact = integrals(kernel, lambda lam: lam, lams[0], h, nodes, count + 1)
-        new = jnp.where(count == 1, self._half(span), exact[0])
-        change = exact[2:] - self._predict(span)  # of differences from the output at its start
+        exact = self._weights(span, [span.lams[0] + span.h, *span.lams], span.count + 1)
+        new = jnp.where(span.count == 1, self._half(span), exact[0])
+        change = exact[2:] - predicted  # of differences from the output at its start
         return jnp.concatenate([(-new - jnp.sum(change))[None], change])
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Row:
@@ -264,7 +263,11 @@ class UniPC(AbstractGridSolver):
         most = limit(self.p, left, self.lower_order_final)
         if not self.corrector:
             return Row(decay, gain, self._predict(self._span(process, ts, most)))
-        weights = jnp.pad(self._predict(self._span(process, ts[:-1], most)), (0, 1))
+        last = limit(self.p, jnp.asarray(left) + 1, self.lower_order_final)
+        spans = jax.vmap(lambda ts, most: self._span(process, ts, most))(
+            jnp.stack([ts[:-1], ts[1:]]), jnp.stack([jnp.asarray(most), jnp.asarray(last)])
+        )  # of the step to make, and of the one that led here
+        weights, predicted = jax.vmap(self._predict)(spans)
         used = (jnp.asarray(n) > 0) & (ts[2] > ts[1]) & (process.alpha(ts[2]) > 0)
         for step in self.skip:
             used = used & (jnp.asarray(n) - 1 != step)
@@ -272,9 +275,9 @@ class UniPC(AbstractGridSolver):
         kept = decay
         if self.output == "eps":
             kept = process.alpha(ts[0]) / jnp.where(used, process.alpha(ts[1]), 1.0)
-        most = limit(self.p, jnp.asarray(left) + 1, self.lower_order_final)
-        correction = self._correct(self._span(process, ts[1:], most))
-        return Row(decay, gain, weights + jnp.where(used, kept * correction, 0.0))
+        correction = self._correct(jax.tree.map(lambda a: a[1], spans), predicted)
+        change = jnp.where(used, kept * correction, 0.0)
+        return Row(decay, gain, jnp.pad(weights, (0, 1)) + change)
 
 
 class DEIS(AbstractGridSolver):

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jaxdiff import _check, grids
 from jaxdiff._types import host64, is_concrete, time_dtype
+from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.reversible import AbstractReversible
@@ -91,9 +92,7 @@ def plan_solve(
     process = denoiser.process
     ts = grids.check(process, ts, where=where, dtype=time_dtype(dtype))
     denoise, last, more = options.denoise, (1.0, ts[-1]), int(options.denoise)
-    with jax.ensure_compile_time_eval():  # known under jit too where no parameter enters
-        ends = process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
-        first, alpha, sigma = (np.asarray(a) if is_concrete(a) else a for a in ends)
+    first, alpha, sigma = _ends(process, ts, time_dtype(dtype))
     if is_concrete(first) and first == 0 and getattr(denoiser, "predicts", "") in ("eps", "score"):
         expected = "a time with alpha > 0: a network that predicts eps or score says nothing there"
         raise _check.bad(where, "ts[0]", expected, f"t={float(ts[0])!r}; start below it")
@@ -114,7 +113,9 @@ def plan_solve(
     if stochastic and not own_noise and options.controller is not None:
         expected = "given under a controller, a diffrax.VirtualBrownianTree in clock 'u'"
         raise _check.bad(where, "noise", expected, None)
-    nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
+    nodes, scales = ts, np.ones(2)
+    if clock != "t":
+        nodes, scales = host64(_clock_ends, Clock(process, clock), ts)
     if is_concrete(nodes, scales) and not (np.all(np.isfinite(nodes)) and np.all(scales > 0)):
         expected = f"a time that {type(solver).__name__} can start at"
         got = f"t={float(ts[0])!r}, where clock {clock!r} has no finite state; start below it"
@@ -168,6 +169,21 @@ def _adjoint(solver: Any, engine: Engine, options: Options) -> Any:
 def _cast(value: Any, dtype: Any) -> Any:
     # NumPy stays NumPy: jit takes it as it is, without a kernel launch of its own.
     return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+
+
+def _scales(process: AbstractProcess, ts: Values) -> tuple[Array, Array, Array]:
+    return process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
+
+
+def _ends(process: AbstractProcess, ts: Values, dtype: Any) -> tuple[Any, Any, Any]:
+    """Return alpha at the start, alpha and sigma at the end: known under jit too where they can."""
+    if is_concrete(process, ts):
+        first, alpha, sigma = host64(_scales, process, ts)
+    else:
+        with jax.ensure_compile_time_eval():  # where no traced parameter enters
+            ends = _scales(process, ts)
+        first, alpha, sigma = (np.asarray(a) if is_concrete(a) else a for a in ends)
+    return tuple(_cast(a, dtype) for a in (first, alpha, sigma))
 
 
 def _clock_ends(clock: Clock, ts: Array) -> tuple[Array, Array]:
