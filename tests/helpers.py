@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxdiff import process, solvers
+from jaxdiff import fisher, process, solvers
 
 PROCESSES = {
     "VP": process.VP(),
@@ -87,6 +87,12 @@ OTHERS = {
     "LangevinCorrected": (solvers.LangevinCorrected(solvers.DPMpp2M()), None, None),
     "HeavyBall": (solvers.HeavyBall(solvers.DPMpp2M()), 1, 1),
     "GHVB": (solvers.GHVB(3), 2, 1),
+    "LML(noise)": (solvers.LML(solvers.DDIM()), None, 1),
+    "LML(DPMpp2M)": (solvers.LML(solvers.DPMpp2M(), c=0.3), 1, 1),
+    "LML(velocity)": (solvers.LML(solvers.RungeKutta("euler", "t")), None, 1),
+    "Secant": (solvers.Secant(), 2, 1),
+    "Secant(3)": (solvers.Secant(3), 1, 1),
+    "LocalGaussian": (solvers.LocalGaussian(fisher.Curvature("jvp")), 1, 1),
     "DPMSolverV3": (solvers.DPMSolverV3(FLAT), 4, 1),
     "BELM": (solvers.BELM(), 2, 1),
     "BDIA": (solvers.BDIA(), 2, 1),
@@ -102,5 +108,5 @@ EXPONENTIAL = {
     name: row
     for name, row in DETERMINISTIC.items()
     if ", t)" not in name and ", t," not in name
-    if name not in ("F-PNDM", "BDIA", "VelocityLeapfrog", "EDICT")
+    if name not in ("F-PNDM", "BDIA", "VelocityLeapfrog", "EDICT", "LML(DPMpp2M)")
 }

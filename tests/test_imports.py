@@ -42,7 +42,7 @@ EVERYWHERE = {"*"}
 TOP = {
     "diffrax": {
         *("solvers", "sampling", "likelihood", "adjoint", "fisher.transport"),
-        *("inversion", "tuning.gits", "phase", "interpolants", "shard"),
+        *("inversion", "tuning.gits", "phase", "interpolants", "shard", "particles.langevin"),
     }
     | PROGRAMS,
     "lineax": {"fisher", "adjoint", "inverse", "guidance"},
@@ -55,6 +55,7 @@ TOP = {
     "sklearn": PROGRAMS,
     "matplotlib": PROGRAMS,
     "ott": set(),
+    "blackjax": set(),
 }
 CALLED = {
     "optax": EVERYWHERE,
@@ -62,8 +63,9 @@ CALLED = {
     "flax": {"score"},
     "tqdm": {"batching", "shard", "train", "tuning"},  # a bar where it is installed
     "ott": {"flow", "transport", "metrics"},
+    "blackjax": {"particles"},
 }
-LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm")
+LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm", "blackjax")
 
 
 def modules(root):

@@ -10,6 +10,7 @@ from jaxdiff.fisher.endpoint import (
     isotropic_cov,
 )
 from jaxdiff.fisher.lowrank import DiagLowRank, effective_sample_size, lanczos, neighbours
+from jaxdiff.fisher.newton import Curvature, Newton, RankOne, rank_one_divergence
 from jaxdiff.fisher.operators import diagonal, fisher, posterior_cov, solve
 from jaxdiff.fisher.spectrum import effective_rank, eigsh, intrinsic_dimension, logdet
 from jaxdiff.fisher.trace import (
@@ -24,10 +25,13 @@ from jaxdiff.fisher.trace import (
 
 __all__ = [
     "AbstractTrace",
+    "Curvature",
     "DiagLowRank",
     "ExactTrace",
     "HutchPP",
     "Hutchinson",
+    "Newton",
+    "RankOne",
     "TraceHead",
     "diagonal",
     "effective_rank",
@@ -45,6 +49,7 @@ __all__ = [
     "matching_bound",
     "neighbours",
     "posterior_cov",
+    "rank_one_divergence",
     "solve",
     "streaming",
     "trace",

@@ -4,6 +4,7 @@ from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import DDIM, transfer
+from jaxdiff.solvers.lml import LML
 from jaxdiff.solvers.momentum import GHVB, HeavyBall
 from jaxdiff.solvers.multistep import DEIS, PNDM, DPMpp2M, DPMpp3M, UniPC, WarmStart
 from jaxdiff.solvers.reversible import (
@@ -14,6 +15,7 @@ from jaxdiff.solvers.reversible import (
     SymmetricLeapfrog,
     VelocityLeapfrog,
 )
+from jaxdiff.solvers.secant import LocalGaussian, Secant
 from jaxdiff.solvers.seeds import SEEDS, DPMppSDE
 from jaxdiff.solvers.singlestep import ExponentialRK, Heun, PseudoRK4, RungeKutta
 from jaxdiff.solvers.stochastic import (
@@ -36,6 +38,7 @@ __all__ = [
     "EDICT",
     "ERSDE",
     "GHVB",
+    "LML",
     "PNDM",
     "SEEDS",
     "AbstractGridSolver",
@@ -57,6 +60,7 @@ __all__ = [
     "Heun",
     "Inverted",
     "LangevinCorrected",
+    "LocalGaussian",
     "McCallumFoster",
     "PseudoRK4",
     "ReverseDiffusion",
@@ -64,6 +68,7 @@ __all__ = [
     "Row",
     "RungeKutta",
     "SASolver",
+    "Secant",
     "SplitNoise",
     "Statistics",
     "SymmetricLeapfrog",

@@ -9,7 +9,7 @@ which pull the law of $x$ back to $q_{t_1}$.
 """
 
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -161,6 +161,17 @@ class SplitNoise(AbstractGridSolver):
         return x1, output, state.extra
 
 
+@runtime_checkable
+class LangevinStep(Protocol):
+    """Any step that leaves the law at time `t` as it is: `(denoiser, t, x, z, cond) -> x`."""
+
+    def __call__(
+        self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, z: Array, cond: Any = None, /
+    ) -> Array:
+        """Step from `x` with the standard normals `z`, both (*dims,)."""
+        ...
+
+
 _SPARE = 4  # the first draw of a step that no solver uses itself
 
 
@@ -185,7 +196,9 @@ class LangevinCorrected(AbstractWrapper):
         solver: the predictor.
         steps: Langevin steps after each step, 1 to 12.
         snr: r, positive; 0.01 to 0.2 in the paper.
-        rule: of the step size, `"snr"` or `"ald"` (annealed Langevin dynamics).
+        rule: of the step size, `"snr"` or `"ald"` (annealed Langevin dynamics); or a step of
+            another kind, `(denoiser, t, x, z, cond) -> x`, such as `fisher.Newton()`, for which
+            `snr` has no meaning and `nfe` counts one evaluation.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -197,7 +210,7 @@ class LangevinCorrected(AbstractWrapper):
     solver: AbstractGridSolver
     steps: int = eqx.field(static=True, default=1)
     snr: float | Array = 0.16
-    rule: Literal["snr", "ald"] = eqx.field(static=True, default="snr")
+    rule: Literal["snr", "ald"] | LangevinStep = "snr"
     rows: Any = None
     stochastic = True  # type: ignore[assignment]
 
@@ -209,7 +222,8 @@ class LangevinCorrected(AbstractWrapper):
         if self.steps > USES - _SPARE:
             raise _check.bad("LangevinCorrected", "steps", f"at most {USES - _SPARE}", self.steps)
         _check.number("LangevinCorrected", "snr", self.snr, sys.float_info.min, 1e6)
-        _check.choice("LangevinCorrected", "rule", self.rule, ("snr", "ald"))
+        if isinstance(self.rule, str) or not callable(self.rule):
+            _check.choice("LangevinCorrected", "rule", self.rule, ("snr", "ald"))
 
     @property
     def claimed_order(self) -> int:  # type: ignore[override]
@@ -252,6 +266,8 @@ class LangevinCorrected(AbstractWrapper):
         self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, z: Array, cond: Cond = None
     ) -> Array:
         """Make one Langevin step at time `t` with the normals `z`, both (*dims,)."""
+        if not isinstance(self.rule, str):
+            return self.rule(denoiser, t, x, z, cond)
         score = denoiser.score(t, x, cond)
         if self.rule == "snr":
             size = self.snr**2 * jnp.sum(z**2) / jnp.sum(score**2)
