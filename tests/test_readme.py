@@ -16,8 +16,8 @@ def test_example_runs(number, defaults):
     exec(compile(EXAMPLES[number], f"README example {number + 1}", "exec"), {})
 
 
-def test_there_are_ten_examples():
-    assert len(EXAMPLES) == 10
+def test_there_are_eleven_examples():
+    assert len(EXAMPLES) == 11
 
 
 def test_the_table_names_what_is_exported():
