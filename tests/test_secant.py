@@ -117,6 +117,24 @@ def test_fewer_steps_than_2m_for_the_same_error():
     assert max(ratios) < 1 and min(ratios) < 0.8, ratios
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradients_pass_where_there_is_no_history(k):
+    """Also from alpha = 0 and to sigma = 0; against central differences."""
+    process = Rectified()
+    means = np.random.default_rng(0).standard_normal((3, 4))
+    denoiser = exact.mixture(process, np.ones(3), means, np.array([0.1, 0.2, 0.3]))
+    ts = np.linspace(1, 0, 6)
+
+    @jax.jit
+    def loss(x):
+        end = jd.draw(None, denoiser, (4,), solver=Secant(k), ts=ts, init=x)
+        return (end.x**2).sum()
+
+    x, eye = np.array([0.3, -1.0, 0.5, 0.8]), np.eye(4)
+    slopes = [(loss(x + 1e-6 * v) - loss(x - 1e-6 * v)) / 2e-6 for v in eye]
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), slopes, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_refusals():
     for make, message in (

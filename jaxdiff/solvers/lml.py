@@ -33,7 +33,7 @@ from jaxdiff import _check
 from jaxdiff._types import Scalar, ScalarLike, is_concrete, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import floating
-from jaxdiff.solvers.engine import AbstractGridSolver, State
+from jaxdiff.solvers.engine import AbstractGridSolver, State, norm
 from jaxdiff.solvers.exponential import DDIM, transfer
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
@@ -105,8 +105,8 @@ def turn(
         delta, off = jnp.asarray(damping, kind), jnp.zeros((), bool)
         kept = delta / jnp.where(delta + n > 0, delta + n, 1.0)
         w = kappa * across + kept * (1 + kappa * along) * u
-    length = jnp.sqrt(jnp.sum(w**2))
-    out = w * (jnp.sqrt(jnp.sum(wide**2)) / jnp.where(length > 0, length, 1.0))
+    length = norm(w.reshape(-1))
+    out = w * (norm(wide.reshape(-1)) / jnp.where(length > 0, length, 1.0))
     same = off | (kappa == 0) | (length == 0)
     return jnp.where(same, wide, out).astype(v.dtype)
 

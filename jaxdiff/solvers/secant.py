@@ -31,7 +31,7 @@ from jaxtyping import Array
 from jaxdiff import _check
 from jaxdiff._types import Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
-from jaxdiff.solvers.engine import AbstractGridSolver, State
+from jaxdiff.solvers.engine import AbstractGridSolver, State, norm
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import history
@@ -63,6 +63,11 @@ def _span(process: AbstractProcess, ts: Array) -> _Span:
 def bend(v: Array, s0: ScalarLike, s1: ScalarLike) -> Array:
     """Return H(v) of the module's head, for v of 0 or more and s0, s1 > 0."""
     return jnp.asarray(s0 - s1) ** 2 / (jnp.sqrt((v + s1**2) * (v + s0**2)) + v + s0 * s1)
+
+
+def _eigh(a: Array) -> tuple[Array, Array]:
+    """Return eigenvalues and eigenvectors; of one number without a decomposition."""
+    return (a[0], jnp.ones_like(a)) if len(a) == 1 else jnp.linalg.eigh(a)
 
 
 _LEAST = -0.5  # of s_1^2: H has a pole at v = -s_1^2
@@ -144,8 +149,9 @@ class Secant(AbstractGridSolver):
         c, gaussian = self._coefficients(of_u, of_m, flat(u), span, used)
         change = span.alpha * jnp.matmul(c, of_m, precision="highest")
         if self.trust:
-            length, most = jnp.linalg.norm(change), reach * jnp.linalg.norm(of_m[0])
-            change = change * jnp.where(length > most, most / jnp.maximum(length, most), 1.0)
+            length, most = norm(change), reach * norm(of_m[0])
+            far = length > most
+            change = change * jnp.where(far, most / jnp.where(far, length, 1.0), 1.0)
             change = jnp.where(gaussian, change, reach * of_m[0])
         x1 = span.decay * x + span.gain * m + change.reshape(x.shape)
         return x1, m, (u, *older)[: self.k]
@@ -153,15 +159,19 @@ class Secant(AbstractGridSolver):
     def _coefficients(self, of_u: Array, of_m: Array, u: Array, span: _Span, used: Array) -> Any:
         """Return the weights c, (k,), and whether V could be that of a Gaussian, nearly."""
         dot = lambda a, b: jnp.matmul(a, b, precision="highest")  # noqa: E731
-        size = jnp.sqrt(jnp.sum(of_u**2, axis=1))
+        size = norm(of_u)
         scale = jnp.where(size > 0, used / jnp.where(size > 0, size, 1.0), 0.0)
         unit, image = scale[:, None] * of_u, scale[:, None] * of_m
         cross = dot(unit, image.T)
-        values, vectors = jnp.linalg.eigh(dot(unit, unit.T))
+        # Pairs that are not used get eigenvalues of their own, apart from all others and each other:
+        # nothing depends on them, but the derivative of eigenvectors asks that none be repeated.
+        apart = 1.0 + jnp.arange(self.k, dtype=u.dtype)
+        values, vectors = _eigh(dot(unit, unit.T) - jnp.diag(jnp.where(scale > 0, 0.0, apart)))
         kept = values > 100 * jnp.finfo(u.dtype).eps * self.k
         root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
         inverse = root[:, None] * vectors.T  # of A
-        curvature, turned = jnp.linalg.eigh(dot(dot(inverse, (cross + cross.T) / 2), inverse.T))
+        core = dot(dot(inverse, (cross + cross.T) / 2), inverse.T)
+        curvature, turned = _eigh(core + span.s0**2 * jnp.diag(jnp.where(kept, 0.0, apart)))
         least = _LEAST * span.s1**2
         weights = bend(jnp.maximum(curvature, least), span.s0, span.s1)
         along = dot(turned.T, dot(inverse, dot(unit, u)))
