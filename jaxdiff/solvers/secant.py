@@ -163,8 +163,8 @@ class Secant(AbstractGridSolver):
         scale = jnp.where(size > 0, used / jnp.where(size > 0, size, 1.0), 0.0)
         unit, image = scale[:, None] * of_u, scale[:, None] * of_m
         cross = dot(unit, image.T)
-        # Pairs that are not used get eigenvalues of their own, apart from all others and each other:
-        # nothing depends on them, but the derivative of eigenvectors asks that none be repeated.
+        # Pairs that are not used get eigenvalues apart from all others and each other: nothing
+        # depends on them, but the derivative of eigenvectors asks that none be repeated.
         apart = 1.0 + jnp.arange(self.k, dtype=u.dtype)
         values, vectors = _eigh(dot(unit, unit.T) - jnp.diag(jnp.where(scale > 0, 0.0, apart)))
         kept = values > 100 * jnp.finfo(u.dtype).eps * self.k
