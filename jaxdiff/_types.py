@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -22,7 +22,6 @@ Cond: TypeAlias = PyTree[Any]
 Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
 
 _NUMPY = (np.ndarray, np.generic)
-_T = TypeVar("_T")
 
 
 @runtime_checkable

@@ -33,6 +33,20 @@ def alone(solver, num=16):
 SOLVERS = [jd.solvers.DPMpp2M(), jd.solvers.DDIM(eta=0.7)]
 
 
+def test_decompositions_on_many_devices_do_not_wait_for_each_other():
+    """In 32 dimensions, where those of jaxlib in batches are known to hang for ever."""
+    law = jd.exact.mixture(VP, np.ones(2), np.linspace(-1, 1, 64).reshape(2, 32), 0.1)
+    rule = jd.fisher.Newton(jd.fisher.Curvature("exact"))
+    for solver in (
+        jd.solvers.LocalGaussian(rule.curvature),
+        jd.solvers.LangevinCorrected(jd.solvers.Secant(3), kernel=rule),
+    ):
+        task = dict(num=8, solver=solver, ts=TS)
+        want = jd.sample(KEY, law, (32,), **task).x
+        got = shard.sample(mesh_of(4), KEY, law, (32,), **task).x
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", SOLVERS, ids=["ODE", "SDE"])
 def test_noise_and_samples_do_not_depend_on_the_devices(solver):
     task, want = alone(solver)

@@ -9,6 +9,7 @@ from oracles import GaussianMixture
 import jaxdiff as jd
 from jaxdiff import exact
 from jaxdiff.fisher import Curvature, Newton, RankOne, rank_one_divergence
+from jaxdiff.fisher.lowrank import eigh
 from jaxdiff.particles import newton, run, target
 from jaxdiff.process import EDM
 from jaxdiff.score import Denoiser
@@ -39,6 +40,27 @@ def test_the_curvature_is_the_fisher(method):
     least = np.linalg.eigvalsh(truth)
     top = Curvature(method, 3)(law, T, x, None).values
     assert least[0] - 1e-6 < top.min() and top.max() < least[-1] + 1e-6  # Ritz values lie within
+
+
+def test_decompositions_alone_in_batches_and_differentiated():
+    """As jaxlib's, whose derivative it does not use; finite where eigenvalues repeat."""
+    a = np.random.default_rng(4).standard_normal((2, 3, 5, 5))
+    a = jnp.asarray(a + np.swapaxes(a, -1, -2))
+    values, vectors = jax.jit(jax.vmap(jax.vmap(eigh)))(a)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(a), rtol=1e-12)
+    rebuilt = np.einsum("...ij,...j,...kj->...ik", vectors, values, vectors)
+    np.testing.assert_allclose(rebuilt, a, atol=1e-12)
+
+    def feature(decompose, a):
+        values, vectors = decompose(a)
+        return jnp.sum(jnp.sin(values) * vectors[0] ** 2)
+
+    ours, theirs = (
+        jax.grad(lambda a, f=f: feature(f, (a + a.T) / 2))(a[0, 0]) for f in (eigh, jnp.linalg.eigh)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+    repeated = jax.grad(lambda c: feature(eigh, c * jnp.eye(4)))(0.7)
+    np.testing.assert_allclose(repeated, np.cos(0.7), rtol=1e-12)
 
 
 def test_the_curvature_of_the_nearest_atoms():
@@ -76,6 +98,19 @@ def test_the_metric_is_the_damped_inverse():
         # and the step then counts relaxation times of the fastest direction
         fastest = np.max(np.abs(np.linalg.eigvals(bounded @ DATA.fisher(x, 1.0, T))))
         assert 0.8 < fastest <= 1 + 1e-9
+
+
+def test_the_adapted_metric_is_bounded_where_all_curvature_vanishes():
+    """Between two modes on a line, and on a law that is flat: m = x, so R = I."""
+    line = exact.mixture(PATH, [1.0, 1.0], [[-1.0], [1.0]], 0.05)
+    rule = Newton(EXACT, size=0.1, damping=0.5, condition=10.0)
+    x = jnp.linspace(-1.5, 1.5, 2001)[:, None]
+    eigen = jax.vmap(lambda x: rule.curvature(line, T, x, None))(x)
+    a, p = jax.vmap(lambda e: rule._scales(e, 1))(eigen)
+    assert np.abs(a[:, 0]).min() < 1e-2 and p[:, 0].max() < 1 / 0.5 + 1e-9
+    flat = Denoiser(PATH, lambda t, x, cond=None: x)
+    step = Newton(size=0.1, condition=10.0)(flat, T, jnp.ones(3), jnp.ones(3))
+    assert np.isfinite(step).all()
 
 
 def test_the_correction_is_the_divergence_of_the_metric():
@@ -229,7 +264,7 @@ def test_the_corrector_of_a_sampler():
 
     def ends(curvature):
         solver = jd.solvers.LangevinCorrected(
-            jd.solvers.DDIM(), rule=Newton(curvature, size=0.5, damping=0.5)
+            jd.solvers.DDIM(), kernel=Newton(curvature, size=0.5, damping=0.5)
         )
         return jd.sample(key, LAW, (2,), num=500, solver=solver, ts=ts).x
 
@@ -268,6 +303,9 @@ def test_float32_and_images():
         narrow = step(jnp.asarray(x, jnp.float32), jnp.asarray(z, jnp.float32))
         assert wide.shape == (2, 3, 1) and narrow.dtype == jnp.float32
         np.testing.assert_allclose(narrow, wide, atol=1e-4)
+        half = step(jnp.asarray(x, jnp.bfloat16), jnp.asarray(z, jnp.bfloat16))
+        assert half.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(half, float), wide, atol=0.05)
 
 
 @pytest.mark.usefixtures("as_users_see_it")
@@ -276,7 +314,7 @@ def test_refusals():
     for make, message in (
         (lambda: Curvature("neighbours"), "Curvature: rank must be a whole number"),
         (lambda: Curvature("power"), "method must be one of"),
-        (lambda: EXACT(net, T, np.ones(2), None), "no closed form"),
+        (lambda: EXACT(net, T, np.ones(2), None), "Curvature: method must be .jvp. or .fd."),
         (lambda: Curvature("jvp", 3)(net, T, np.ones(2), None), "at most the dimension 2"),
         (lambda: Newton(damping=0.0), "Newton: damping must be a"),
         (lambda: Newton(condition=1.0), "condition must be a"),

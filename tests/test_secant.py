@@ -8,7 +8,7 @@ import jaxdiff as jd
 from jaxdiff import exact
 from jaxdiff.fisher import Curvature
 from jaxdiff.process import EDM, VP, Rectified
-from jaxdiff.solvers import DDIM, DPMpp2M, LocalGaussian, Secant
+from jaxdiff.solvers import DDIM, LML, DPMpp2M, LocalGaussian, RungeKutta, Secant
 
 D = 6
 RNG = np.random.default_rng(0)
@@ -133,6 +133,22 @@ def test_gradients_pass_where_there_is_no_history(k):
     x, eye = np.array([0.3, -1.0, 0.5, 0.8]), np.eye(4)
     slopes = [(loss(x + 1e-6 * v) - loss(x - 1e-6 * v)) / 2e-6 for v in eye]
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), slopes, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [Secant(), Secant(2, trust=False), LocalGaussian(Curvature("exact")), LML(DPMpp2M(), c=0.5),
+     LML(RungeKutta("euler", "t"))],
+    ids=str,
+)  # fmt: skip
+def test_a_traced_grid_ends_at_sigma_0_as_a_known_one(solver):
+    """There the step is x = alpha m, for all; on a mixture and on one atom."""
+    process, x = Rectified(), np.array([0.4, -0.8])
+    for variance in (0.1, 0.0):
+        law = exact.mixture(process, [1.0, 2.0], [[-1.0, 0.3], [1.0, 0.1]], variance)
+        run = lambda ts, law=law: jd.draw(None, law, (2,), solver=solver, ts=ts, init=x).x  # noqa: E731
+        ts = np.array([0.9, 0.6, 0.3, 0.0])
+        np.testing.assert_allclose(jax.jit(run)(ts), run(ts), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.usefixtures("as_users_see_it")

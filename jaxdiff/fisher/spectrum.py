@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
 from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
-from jaxdiff.fisher.lowrank import DiagLowRank, determinant, ritz, symmetric, tridiagonalise
+from jaxdiff.fisher.lowrank import DiagLowRank, determinant, eigh, ritz, symmetric, tridiagonalise
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
 from jaxdiff.score import AbstractDenoiser
 
@@ -84,7 +84,7 @@ def logdet(
     def one(key: PRNGKeyArray) -> Array:
         v = jax.random.rademacher(key, (d,), dtype)
         rows, t = tridiagonalise(constant, v, steps)
-        values, vectors = jnp.linalg.eigh(t)
+        values, vectors = eigh(t)
         values, first = values + jax.lax.stop_gradient(delta), vectors[0]
         quadratic = d * jnp.sum(first**2 * jnp.log(values))
         # s = B^-1 v, a constant; s . B v - its value adds the derivative and no value

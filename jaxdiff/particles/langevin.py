@@ -15,7 +15,7 @@ here on a Gaussian of precision k, with $a = hk$:
 | `ula` | 1 | $1/(1 - a/2)$ |
 | `randomised_midpoint` | 2 | $(2 - 2a + a^2)/(2 - 2a + a^2 - a^3/3)$ |
 | `mala` | 1, and 1 log density | 1, on any target |
-| `newton` | 1, and curvature | 1, whatever its condition number |
+| `newton` | 1, and 1 to 3 curvatures | 1 |
 | `baoab` | 1 | 1; $O(h^2)$ from the law on other targets |
 | `underdamped` | 1 or 2, by the solver | $1 + O(h^2)$ or better |
 
@@ -258,12 +258,13 @@ def newton(
 ) -> Kernel:
     r"""Build Langevin preconditioned by the diffusion Fisher: see `fisher.Newton`.
 
-    $$ x' = x + h\,[P\,s(x) + \Gamma] + \sqrt{2hP}\,z, \qquad
-       P \approx (\sigma^2 F + \delta I)^{-1}\sigma^2, \quad F = -\nabla^2\log\pi $$
+    $$ dx = (P\,s(x) + \Gamma)\,dr + \sqrt{2P}\,dW, \qquad
+       P \approx \sigma^2(\sigma^2 F + \delta I)^{-1}, \quad F = -\nabla^2\log\pi $$
 
     For a log density sigma is 1, so that the damping $\delta$ is in units of F. With `metropolis`
     the step without $\Gamma$ is a proposal, accepted or not as in `mala`, with the density of its
-    normal law both ways: exact for any step size, any curvature and any damping.
+    normal law both ways: exact for any step size, any curvature and any damping. A chain that
+    starts where the log density is NaN stays there, with acceptance 0.
 
     Cost: that of the rule; adjusted, one score, one log density and one curvature per step.
 
@@ -279,6 +280,9 @@ def newton(
         Girolami, Calderhead 2011, "Riemann manifold Langevin and Hamiltonian Monte Carlo methods".
     """
     _is_target("newton", target)
+    if not callable(rule) or isinstance(rule, type):
+        expected = "a step (denoiser, t, x, z, cond) -> x, as fisher.Newton()"
+        raise _check.bad("newton", "rule", expected, repr(rule))
     if isinstance(target, Marginal):
         denoiser, t, cond = target.denoiser, target.t, target.cond
     else:

@@ -196,9 +196,10 @@ class LangevinCorrected(AbstractWrapper):
         solver: the predictor.
         steps: Langevin steps after each step, 1 to 12.
         snr: r, positive; 0.01 to 0.2 in the paper.
-        rule: of the step size, `"snr"` or `"ald"` (annealed Langevin dynamics); or a step of
-            another kind, `(denoiser, t, x, z, cond) -> x`, such as `fisher.Newton()`, for which
-            `snr` has no meaning and `nfe` counts one evaluation.
+        rule: of the step size, `"snr"` or `"ald"` (annealed Langevin dynamics).
+        kernel: a step of another kind instead, `(denoiser, t, x, z, cond) -> x`, such as
+            `fisher.Newton()`; `snr` and `rule` then have no meaning, and `nfe` counts one
+            evaluation for each.
 
     Raises:
         ValueError: if an argument is none of these.
@@ -210,7 +211,8 @@ class LangevinCorrected(AbstractWrapper):
     solver: AbstractGridSolver
     steps: int = eqx.field(static=True, default=1)
     snr: float | Array = 0.16
-    rule: Literal["snr", "ald"] | LangevinStep = "snr"
+    rule: Literal["snr", "ald"] = eqx.field(static=True, default="snr")
+    kernel: LangevinStep | None = None
     rows: Any = None
     stochastic = True  # type: ignore[assignment]
 
@@ -222,8 +224,10 @@ class LangevinCorrected(AbstractWrapper):
         if self.steps > USES - _SPARE:
             raise _check.bad("LangevinCorrected", "steps", f"at most {USES - _SPARE}", self.steps)
         _check.number("LangevinCorrected", "snr", self.snr, sys.float_info.min, 1e6)
-        if isinstance(self.rule, str) or not callable(self.rule):
-            _check.choice("LangevinCorrected", "rule", self.rule, ("snr", "ald"))
+        _check.choice("LangevinCorrected", "rule", self.rule, ("snr", "ald"))
+        if self.kernel is not None and (not callable(self.kernel) or isinstance(self.kernel, type)):
+            expected = "a step (denoiser, t, x, z, cond) -> x, as fisher.Newton()"
+            raise _check.bad("LangevinCorrected", "kernel", expected, repr(self.kernel))
 
     @property
     def claimed_order(self) -> int:  # type: ignore[override]
@@ -266,8 +270,8 @@ class LangevinCorrected(AbstractWrapper):
         self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, z: Array, cond: Cond = None
     ) -> Array:
         """Make one Langevin step at time `t` with the normals `z`, both (*dims,)."""
-        if not isinstance(self.rule, str):
-            return self.rule(denoiser, t, x, z, cond)
+        if self.kernel is not None:
+            return self.kernel(denoiser, t, x, z, cond).astype(x.dtype)
         score = denoiser.score(t, x, cond)
         if self.rule == "snr":
             size = self.snr**2 * jnp.sum(z**2) / jnp.sum(score**2)

@@ -135,9 +135,10 @@ class LML(AbstractWrapper):
     `RungeKutta("euler", "t")`. The first step, and steps in the frozen part, are those of the
     solver, bit by bit; so are all with `kappa=0` or `c=0`. The corrected method has order 1, or 0
     with placement `"noise"`, whose change of the state does not shrink with the step: there the
-    useful sign of $c$ is negative, as the whole coefficient of $\hat\epsilon$ in the step is. It is
-    a direction of few steps: with a fixed number of evaluations, `Secant` and third-order
-    multistep methods go further.
+    useful sign of $c$ is negative, as the whole coefficient of $\hat\epsilon$ in the step is. It pays
+    around solvers in noise form and flow-matching Euler, in 5 to 20 steps: `LML(DEIS(2, "lam"))`
+    had .6 (VP) and .2 (Rectified) of the error of `DPMpp2M` on mixtures in 10 steps; around
+    `DPMpp2M` it mostly hurts. Third-order methods go further in more steps.
 
     Cost: the solver's evaluations; one more array, three reductions.
 
@@ -184,8 +185,11 @@ class LML(AbstractWrapper):
         _check.choice("LML", "placement", self.placement, (None, "noise", "increment", "velocity"))
         fits = {"noise": isinstance(self.solver, DDIM), "velocity": self._is_velocity}
         if not fits.get(self.place, not self._is_velocity and not self.solver.stochastic):
-            expected = "that of its solver: see the table of LML"
-            raise _check.bad("LML", "placement", expected, self.placement)
+            given = self.placement
+            allowed = {"velocity": ("velocity",)}.get(self.solver.output, ("increment",))
+            allowed = ("noise", *allowed) if isinstance(self.solver, DDIM) else allowed
+            _check.choice("LML", f"placement (of {type(self.solver).__name__})", given, allowed)
+            raise _check.bad("LML", "solver", "deterministic in placement 'increment'", self.solver)
 
     @property
     def _is_velocity(self) -> bool:
@@ -236,6 +240,7 @@ class LML(AbstractWrapper):
                 )
         gone = (jnp.asarray(process.t_max) - t0) / (jnp.asarray(process.t_max) - process.t_min)
         active = (jnp.asarray(n) > 0) & (gone >= jnp.asarray(self.freeze))
+        active = active & (process.sigma(t1) > 0)  # a step there is x = alpha m
         return _Turned(row, of_x, of_x1, of_output, move, jnp.where(active, 1.0, 0.0))
 
     def advance(

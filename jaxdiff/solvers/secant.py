@@ -48,20 +48,21 @@ class _Span(NamedTuple):
     alpha: Scalar  # at the end
     s0: Scalar
     s1: Scalar
+    live: Scalar  # 1; 0 from alpha = 0 and to sigma = 0, where the step is that of DDIM
 
 
 def _span(process: AbstractProcess, ts: Array) -> _Span:
     decay, gain, _ = transfer(process, ts[1], ts[0])
     alpha, sigma, end = process.alpha(ts[1]), process.sigma(ts[1]), process.alpha(ts[0])
-    s0 = jnp.asarray(
-        sigma / jnp.where(alpha > 0, alpha, 1.0)
-    )  # from alpha = 0 the step is that of DDIM
+    s0 = jnp.asarray(sigma / jnp.where(alpha > 0, alpha, 1.0))
+    s1 = process.sigma(ts[0]) / end
+    live = jnp.where((alpha > 0) & (s1 > 0), 1.0, 0.0)
     of_x, of_m = alpha / sigma**2, -((alpha / sigma) ** 2)
-    return _Span(decay, gain, of_x, of_m, end, s0, process.sigma(ts[0]) / end)
+    return _Span(decay, gain, of_x, of_m, end, s0, jnp.where(s1 > 0, s1, s0), live)
 
 
 def bend(v: Array, s0: ScalarLike, s1: ScalarLike) -> Array:
-    """Return H(v) of the module's head, for v of 0 or more and s0, s1 > 0."""
+    """Return H(v) of the module's head, for v above -s1^2 and s0, s1 > 0."""
     return jnp.asarray(s0 - s1) ** 2 / (jnp.sqrt((v + s1**2) * (v + s0**2)) + v + s0 * s1)
 
 
@@ -70,7 +71,7 @@ def _eigh(a: Array) -> tuple[Array, Array]:
     return (a[0], jnp.ones_like(a)) if len(a) == 1 else jnp.linalg.eigh(a)
 
 
-_LEAST = -0.5  # of s_1^2: H has a pole at v = -s_1^2
+_LEAST = -0.5  # of s_1^2: H is not real below v = -s_1^2
 
 
 class Secant(AbstractGridSolver):
@@ -95,7 +96,8 @@ class Secant(AbstractGridSolver):
 
     Args:
         k: number of secants, 1 to 4. One is robust; more pay where the data are nearly Gaussian.
-        trust: whether the safeguards are used.
+        trust: whether the safeguards are used. Without them more than one secant amplifies
+            round-off, and any law but a Gaussian: errors grow without bound.
 
     Raises:
         ValueError: if `k` is out of its range.
@@ -133,7 +135,7 @@ class Secant(AbstractGridSolver):
         lams, count = history(process, ts, 2)
         h, _ = step_length(process, ts)
         reach = span.gain * jnp.where(count > 1, h / (2 * (lams[0] - lams[1])), 0.0)
-        return span, jnp.where(process.alpha(ts[1]) > 0, used, False).astype(h.dtype), reach
+        return span, span.live * used, reach
 
     def advance(
         self, at: View, row: tuple[_Span, Array, Array], t: Array, x: Array, state: State
@@ -208,7 +210,7 @@ class LocalGaussian(AbstractGridSolver):
     rows: Any = None
 
     def __check_init__(self) -> None:
-        if not callable(self.curvature):
+        if not callable(self.curvature) or isinstance(self.curvature, type):
             expected = "a function of (denoiser, t, x, cond), as fisher.Curvature()"
             raise _check.bad("LocalGaussian", "curvature", expected, repr(self.curvature))
         _check.number("LocalGaussian", "damping", self.damping, sys.float_info.min, 1)
@@ -226,7 +228,7 @@ class LocalGaussian(AbstractGridSolver):
         eigen = self.curvature(denoiser, t[0], x, cond)
         r = jnp.maximum(eigen.values, 0.0)
         v = row.s0**2 * r / jnp.maximum(1 - r, self.damping)
-        u = row.of_x * x + row.of_m * m
+        u = row.live * (row.of_x * x + row.of_m * m)
         inside = v * bend(v, row.s0, row.s1)
         x1 = row.decay * x + row.gain * m + row.alpha * eigen.apply(inside, 0.0 * row.s0, u)
         return x1, m, state.extra
