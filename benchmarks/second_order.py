@@ -434,7 +434,9 @@ def main():
         print(f"[{name}: {report[name]['seconds']:.0f} s]", flush=True)
         if not args.quick:
             first.RESULTS.mkdir(exist_ok=True)
-            file.write_text(json.dumps(report, indent=1))
+            short = lambda number: float(f"{float(number):.5g}")  # noqa: E731
+            report = json.loads(json.dumps(report), parse_float=short)
+            file.write_text(json.dumps(report))
     if not args.quick and parts.keys() <= report.keys():
         draw_figure(first.RESULTS / "second_order.png", report)
 

@@ -147,7 +147,7 @@ def test_the_divergence_of_the_rank_one_metric():
         gamma = rank_one_divergence(
             jnp.asarray(eps), jnp.asarray(fisher @ eps), np.trace(fisher), T, delta
         )
-        np.testing.assert_allclose(gamma, truth, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(gamma, truth, rtol=1e-12, atol=1e-12)
 
 
 # --- A Gaussian, on which a step is affine and its law exact. -------------------------------------
