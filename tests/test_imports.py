@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxdiff"
 
 # Each layer may import the layers before it, never its own or a later one.
 LAYERS = [
-    ("_types", "_check"),
+    ("_types", "_check", "_linalg"),
     ("batching",),
     ("grids",),
     ("process",),

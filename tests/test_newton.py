@@ -8,8 +8,8 @@ from oracles import GaussianMixture
 
 import jaxdiff as jd
 from jaxdiff import exact
+from jaxdiff._linalg import eigh
 from jaxdiff.fisher import Curvature, Newton, RankOne, rank_one_divergence
-from jaxdiff.fisher.lowrank import eigh
 from jaxdiff.particles import newton, run, target
 from jaxdiff.process import EDM
 from jaxdiff.score import Denoiser

@@ -20,6 +20,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from jaxdiff import _check, exact
+from jaxdiff._linalg import eigh
 from jaxdiff._types import INIT, PROBES, Scalar, ScalarLike, stream, time_dtype
 from jaxdiff.score import floating
 from jaxdiff.streaming import widen
@@ -333,45 +334,6 @@ def effective_sample_size(
     pieces = (denoiser.atoms, denoiser.log_weights)
     _, mass, squares = jax.lax.scan(add, (lowest, zero, zero), pieces)[0]
     return mass**2 / squares
-
-
-# --- Decompositions. -----------------------------------------------------------------------------
-
-
-@jax.custom_batching.custom_vmap
-def _eigh(a: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(a)
-    return values, vectors
-
-
-@_eigh.def_vmap
-def _(size: int, batched: Any, a: Array) -> Any:
-    # On the CPU a batch is decomposed on the threads that run the program, and waits for them: two
-    # at once, in one program or on two devices, can wait for ever (seen with jaxlib 0.10.2).
-    one_by_one = lambda a: jax.lax.map(_eigh, a)  # noqa: E731
-    together = lambda a: tuple(jnp.linalg.eigh(a))  # noqa: E731
-    return jax.lax.platform_dependent(a, cpu=one_by_one, default=together), (True, True)
-
-
-@jax.custom_jvp
-def eigh(a: Float[Array, "k k"]) -> tuple[Float[Array, " k"], Float[Array, "k k"]]:
-    """Return eigenvalues in ascending order and eigenvectors as columns, of a symmetric matrix.
-
-    Derivatives of eigenvectors treat equal eigenvalues as uncoupled: right where the matrix does
-    not depend on the variable, or keeps them equal; elsewhere they do not exist.
-    """
-    return _eigh(a)
-
-
-@eigh.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    values, vectors = eigh(*primals)
-    change = vectors.T @ tangents[0] @ vectors
-    gaps = values[None] - values[:, None]
-    tiny = jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    apart = jnp.abs(gaps) > tiny
-    turn = jnp.where(apart, change / jnp.where(apart, gaps, 1.0), 0.0)
-    return (values, vectors), (jnp.diagonal(change), vectors @ turn)
 
 
 # --- The Lanczos iteration. ----------------------------------------------------------------------

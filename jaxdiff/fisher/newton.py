@@ -24,8 +24,9 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact
+from jaxdiff._linalg import eigh
 from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
-from jaxdiff.fisher.lowrank import eigh, neighbours, ritz
+from jaxdiff.fisher.lowrank import neighbours, ritz
 from jaxdiff.fisher.operators import (
     _noise_covariance,
     _noise_jacobian,

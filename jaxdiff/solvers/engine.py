@@ -96,12 +96,6 @@ def combine(row: Row, x: Array, m: Array, outputs: Sequence[Array], normals: Any
     return x1
 
 
-def norm(a: Array) -> Array:
-    """Return the length along the last axis, whose derivative at 0 is 0 and not NaN."""
-    square = jnp.sum(a**2, axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-
-
 class AbstractGridSolver(dfx.AbstractItoSolver):
     """A solver that is a row of coefficients per step; subclasses write `row`.
 

@@ -30,10 +30,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
+from jaxdiff._linalg import norm
 from jaxdiff._types import Scalar, ScalarLike, is_concrete, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import floating
-from jaxdiff.solvers.engine import AbstractGridSolver, State, norm
+from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.exponential import DDIM, transfer
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
+from jaxdiff._linalg import eigh, norm
 from jaxdiff._types import Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
-from jaxdiff.solvers.engine import AbstractGridSolver, State, norm
+from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import history
@@ -64,11 +65,6 @@ def _span(process: AbstractProcess, ts: Array) -> _Span:
 def bend(v: Array, s0: ScalarLike, s1: ScalarLike) -> Array:
     """Return H(v) of the module's head, for v above -s1^2 and s0, s1 > 0."""
     return jnp.asarray(s0 - s1) ** 2 / (jnp.sqrt((v + s1**2) * (v + s0**2)) + v + s0 * s1)
-
-
-def _eigh(a: Array) -> tuple[Array, Array]:
-    """Return eigenvalues and eigenvectors; of one number without a decomposition."""
-    return (a[0], jnp.ones_like(a)) if len(a) == 1 else jnp.linalg.eigh(a)
 
 
 _LEAST = -0.5  # of s_1^2: H is not real below v = -s_1^2
@@ -168,12 +164,12 @@ class Secant(AbstractGridSolver):
         # Pairs that are not used get eigenvalues apart from all others and each other: nothing
         # depends on them, but the derivative of eigenvectors asks that none be repeated.
         apart = 1.0 + jnp.arange(self.k, dtype=u.dtype)
-        values, vectors = _eigh(dot(unit, unit.T) - jnp.diag(jnp.where(scale > 0, 0.0, apart)))
+        values, vectors = eigh(dot(unit, unit.T) - jnp.diag(jnp.where(scale > 0, 0.0, apart)))
         kept = values > 100 * jnp.finfo(u.dtype).eps * self.k
         root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
         inverse = root[:, None] * vectors.T  # of A
         core = dot(dot(inverse, (cross + cross.T) / 2), inverse.T)
-        curvature, turned = _eigh(core + span.s0**2 * jnp.diag(jnp.where(kept, 0.0, apart)))
+        curvature, turned = eigh(core + span.s0**2 * jnp.diag(jnp.where(kept, 0.0, apart)))
         least = _LEAST * span.s1**2
         weights = bend(jnp.maximum(curvature, least), span.s0, span.s1)
         along = dot(turned.T, dot(inverse, dot(unit, u)))
