@@ -10,7 +10,7 @@ import jaxdiff as jd
 from jaxdiff import exact
 from jaxdiff.process import EDM, Rectified
 from jaxdiff.score import Denoiser
-from jaxdiff.solvers import DEIS, PNDM, DPMpp2M, EulerMaruyama, pf_ode
+from jaxdiff.solvers import DDIM, DEIS, PNDM, DPMpp2M, EulerMaruyama, WarmStart, pf_ode
 from jaxdiff.solvers.momentum import GHVB, HeavyBall, adams_moments
 
 PATH = EDM(0.05, 20.0)
@@ -157,3 +157,12 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=message):
             make()
     assert HeavyBall(DPMpp2M()).cost(7) == 7
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_a_starter_that_carries_something_is_refused():
+    """The first steps of `WarmStart` keep the state of the other solver."""
+    for starter in (HeavyBall(DDIM()), GHVB(1), DEIS(2)):
+        with pytest.raises(ValueError, match="starter must be one that carries nothing"):
+            WarmStart(DPMpp2M(), starter)
+    assert WarmStart(DPMpp2M(), DDIM()).claimed_order == 2

@@ -402,7 +402,8 @@ class WarmStart(AbstractWrapper):
 
     Args:
         solver: a multistep solver.
-        starter: a solver without history, with the same output: `RungeKutta("rk4")`.
+        starter: a solver that carries nothing from step to step, with the same output:
+            `RungeKutta("rk4")`.
         steps: how many steps it makes; as many as the solver has history by default.
 
     Raises:
@@ -418,8 +419,9 @@ class WarmStart(AbstractWrapper):
         for name in ("solver", "starter"):
             if not isinstance(getattr(self, name), AbstractGridSolver):
                 raise _check.bad("WarmStart", name, "a solver of jaxdiff", getattr(self, name))
-        if self.starter.memory or self.starter.output != self.solver.output:
-            expected = f"one without history, whose output is {self.solver.output!r}"
+        carries = self.starter.memory or jax.tree.leaves(self.starter.begin(jnp.zeros(1)))
+        if carries or self.starter.output != self.solver.output:
+            expected = f"one that carries nothing, and whose output is {self.solver.output!r}"
             raise _check.bad("WarmStart", "starter", expected, type(self.starter).__name__)
         if self.steps is not None:
             _check.whole("WarmStart", "steps", self.steps, 0)
