@@ -1,5 +1,6 @@
 """Monte Carlo on densities and scores: chains and populations of samples."""
 
+from jaxdiff.particles.annealing import annealed
 from jaxdiff.particles.chain import (
     AbstractDensity,
     AbstractTarget,
@@ -14,7 +15,6 @@ from jaxdiff.particles.langevin import (
     Kinetic,
     Overdamped,
     Proposed,
-    annealed,
     baoab,
     mala,
     newton,

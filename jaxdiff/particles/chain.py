@@ -6,6 +6,7 @@ any shape, in float32 or wider; many chains are `jax.vmap` of `run`.
 """
 
 import abc
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike, stream
+from jaxdiff._types import Cond, Scalar, ScalarLike, stream, time_dtype
 from jaxdiff.exact import AbstractExact
-from jaxdiff.score import AbstractDenoiser
+from jaxdiff.score import AbstractDenoiser, floating
 
 
 class AbstractTarget(eqx.Module):
@@ -135,6 +136,23 @@ class Info(NamedTuple):
 
     acceptance: Scalar
     jump: Scalar
+
+
+def positive(where: str, **values: Any) -> None:
+    """Raise ValueError unless every value is a positive, finite number; traced ones pass."""
+    for name, value in values.items():
+        _check.number(where, name, value, sys.float_info.min, sys.float_info.max)
+
+
+def start(x: Any) -> Array:
+    """Return the first sample of a chain, in float32 or wider."""
+    x = floating(x)
+    return x.astype(time_dtype(x.dtype))
+
+
+def like(x: Array, *values: Any) -> tuple[Array, ...]:
+    """Return numbers in the dtype of `x`, which they must not widen."""
+    return tuple(jnp.asarray(value, x.dtype) for value in values)
 
 
 class Chain(NamedTuple):

@@ -23,7 +23,6 @@ Langevin steps between the steps of a solver, the predictor-corrector method, ar
 `jaxdiff.solvers.LangevinCorrected`.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,12 +30,11 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import eval_context
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxdiff import _check, grids
-from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, stream, time_dtype
+from jaxdiff import _check
+from jaxdiff._types import Scalar, ScalarLike, is_concrete, stream
 from jaxdiff.fisher.newton import Newton
 from jaxdiff.particles.chain import (
     AbstractDensity,
@@ -44,11 +42,12 @@ from jaxdiff.particles.chain import (
     Info,
     Kernel,
     Marginal,
-    run,
-    target,
+    like,
+    positive,
+    start,
 )
-from jaxdiff.process import EDM, AbstractProcess
-from jaxdiff.score import AbstractDenoiser, Denoiser, floating
+from jaxdiff.process import EDM
+from jaxdiff.score import Denoiser
 from jaxdiff.solvers.correctors import LangevinStep
 
 
@@ -92,26 +91,9 @@ class Kinetic(NamedTuple):
 _NEWTON = Newton()
 
 
-def _positive(where: str, **values: Any) -> None:
-    """Raise ValueError unless every value is a positive, finite number; traced ones pass."""
-    for name, value in values.items():
-        _check.number(where, name, value, sys.float_info.min, sys.float_info.max)
-
-
 def _is_target(where: str, value: Any) -> None:
     if not isinstance(value, AbstractTarget):
         raise _check.bad(where, "target", "made by target(...)", repr(value))
-
-
-def _start(x: Any) -> Array:
-    """Return the first sample of a chain, in float32 or wider."""
-    x = floating(x)
-    return x.astype(time_dtype(x.dtype))
-
-
-def _like(x: Array, *values: Any) -> tuple[Array, ...]:
-    """Return numbers in the dtype of `x`, which they must not widen."""
-    return tuple(jnp.asarray(value, x.dtype) for value in values)
 
 
 def _normal(key: PRNGKeyArray, x: Array) -> Array:
@@ -120,11 +102,11 @@ def _normal(key: PRNGKeyArray, x: Array) -> Array:
 
 def _velocity(key: PRNGKeyArray | None, x: Array, u: Any) -> Array:
     """Return a velocity: 0, or a draw from the law that the chain leaves invariant."""
-    return jnp.zeros_like(x) if key is None else jnp.sqrt(_like(x, u)[0]) * _normal(key, x)
+    return jnp.zeros_like(x) if key is None else jnp.sqrt(like(x, u)[0]) * _normal(key, x)
 
 
 def _info(x: Array, x1: Array, acceptance: Any = 1.0) -> Info:
-    return Info(_like(x, acceptance)[0], jnp.sum((x1 - x) ** 2))
+    return Info(like(x, acceptance)[0], jnp.sum((x1 - x) ** 2))
 
 
 def _overdamped(move: Callable[[PRNGKeyArray, Array], Array]) -> Kernel:
@@ -134,7 +116,7 @@ def _overdamped(move: Callable[[PRNGKeyArray, Array], Array]) -> Kernel:
         x1 = move(key, state.x)
         return Overdamped(x1), _info(state.x, x1)
 
-    return Kernel(lambda x, key=None: Overdamped(_start(x)), step)
+    return Kernel(lambda x, key=None: Overdamped(start(x)), step)
 
 
 def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
@@ -153,6 +135,7 @@ def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
         ValueError: if `target` is none or `h` is not positive.
 
     Example:
+        >>> from jaxdiff.particles import run, target
         >>> kernel = ula(target(lambda x: -0.5 * jnp.sum(x**2)), 0.1)
         >>> run(jax.random.key(0), kernel, jnp.zeros(3), 50).x.shape
         (3,)
@@ -161,10 +144,10 @@ def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
         Roberts, Tweedie 1996.
     """
     _is_target("ula", target)
-    _positive("ula", h=h)
+    positive("ula", h=h)
 
     def move(key: PRNGKeyArray, x: Array) -> Array:
-        (step,) = _like(x, h)
+        (step,) = like(x, h)
         return x + step * target.score(x) + jnp.sqrt(2 * step) * _normal(key, x)
 
     return _overdamped(move)
@@ -192,10 +175,10 @@ def randomised_midpoint(target: AbstractTarget, h: ScalarLike) -> Kernel:
         (2306.08494).
     """
     _is_target("randomised_midpoint", target)
-    _positive("randomised_midpoint", h=h)
+    positive("randomised_midpoint", h=h)
 
     def move(key: PRNGKeyArray, x: Array) -> Array:
-        (step,) = _like(x, h)
+        (step,) = like(x, h)
         when = jax.random.uniform(stream(key, 0), (), x.dtype)
         first = jnp.sqrt(2 * step * when) * _normal(stream(key, 1), x)
         second = jnp.sqrt(2 * step * (1 - when)) * _normal(stream(key, 2), x)
@@ -227,7 +210,7 @@ def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
         Roberts, Tweedie 1996; Roberts, Rosenthal 1998 for the acceptance.
     """
     _is_target("mala", target)
-    _positive("mala", h=h)
+    positive("mala", h=h)
     if not isinstance(target, AbstractDensity):
         expected = "one with a log density: of a log density or an exact denoiser"
         raise _check.bad("mala", "target", expected, repr(target))
@@ -241,13 +224,13 @@ def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
     kernel = blackjax.mala.build_kernel()
 
     def init(x: Any, key: PRNGKeyArray | None = None) -> Adjusted:
-        x = _start(x)
+        x = start(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
         return Adjusted(*blackjax.mala.init(x, log_density))
 
     def step(key: PRNGKeyArray, state: Adjusted) -> tuple[Adjusted, Info]:
         before = MALAState(*state)  # type: ignore[arg-type]
-        new, info = kernel(key, before, log_density, *_like(state.x, h))
+        new, info = kernel(key, before, log_density, *like(state.x, h))
         return Adjusted(*new), _info(state.x, new.position, info.acceptance_rate)
 
     return Kernel(init, step)
@@ -310,7 +293,7 @@ def newton(
         end = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state)
         return end, _info(x, end.x, jnp.exp(log_ratio))
 
-    return Kernel(lambda x, key=None: at(_start(x)), step)
+    return Kernel(lambda x, key=None: at(start(x)), step)
 
 
 def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLike = 1.0) -> Kernel:
@@ -338,15 +321,15 @@ def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLik
         Leimkuhler, Matthews 2013 (1203.5428).
     """
     _is_target("baoab", target)
-    _positive("baoab", h=h, gamma=gamma, u=u)
+    positive("baoab", h=h, gamma=gamma, u=u)
 
     def init(x: Any, key: PRNGKeyArray | None = None) -> Kinetic:
-        x = _start(x)
+        x = start(x)
         return Kinetic(x, _velocity(key, x, u), target.score(x))
 
     def step(key: PRNGKeyArray, state: Kinetic) -> tuple[Kinetic, Info]:
         x, v, score = state
-        half, rate, mass = _like(x, 0.5 * h, gamma, u)
+        half, rate, mass = like(x, 0.5 * h, gamma, u)
         keep, fresh = jnp.exp(-2 * half * rate), jnp.sqrt(-mass * jnp.expm1(-4 * half * rate))
         v = v + half * mass * score
         x1 = x + half * v
@@ -399,7 +382,7 @@ def underdamped(
     """
     where = "underdamped"
     _is_target(where, target)
-    _positive(where, h=h, gamma=gamma, u=u)
+    positive(where, h=h, gamma=gamma, u=u)
     method = dfx.QUICSORT() if solver is None else solver
     if not isinstance(method, dfx.AbstractFosterLangevinSRK):
         raise _check.bad(where, "solver", "QUICSORT, ShOULD or ALIGN of diffrax", repr(solver))
@@ -414,7 +397,7 @@ def underdamped(
         return dfx.MultiTerm(drift, dfx.UnderdampedLangevinDiffusionTerm(gamma, u, path))
 
     def init(x: Any, key: PRNGKeyArray | None = None) -> Kinetic:
-        x = _start(x)
+        x = start(x)
         # The coefficients, which fill most of the solver's state, are the same for all coordinates:
         # those of one number serve. They pass diffrax's checks now, outside any trace, and not by
         # callbacks from the program; the first step adapts them to h.
@@ -430,91 +413,8 @@ def underdamped(
         # A new path per step, read once: independence of its increments is all that is asked of it.
         path = dfx.UnsafeBrownianPath(jax.ShapeDtypeStruct(x.shape, x.dtype), key, area)
         system = terms(lambda x, args: -target.score(x), path)
-        (end,) = _like(x, h)
+        (end,) = like(x, h)
         (x1, v1), _, _, cache, _ = method.step(system, 0.0, end, (x, v), None, cache, False)
         return Kinetic(x1, v1, cache), _info(x, x1)
 
     return Kernel(init, step)
-
-
-def _scales(process: AbstractProcess, ts: Array) -> tuple[Array, Array]:
-    return jax.vmap(process.alpha)(ts), jax.vmap(process.sigma)(ts)
-
-
-def annealed(
-    key: PRNGKeyArray,
-    denoiser: AbstractDenoiser,
-    x: Float[ArrayLike, "*dims"],
-    ts: Real[Any, " nodes"],
-    *,
-    steps: int,
-    size: ScalarLike,
-    cond: Cond = None,
-    denoise: bool = False,
-) -> Float[Array, "*dims"]:
-    r"""Anneal a sample through the laws $q_{t_i}$ by Langevin steps at each.
-
-    $$ x \leftarrow \frac{\alpha_i}{\alpha_{i-1}}\,x, \qquad\text{then `steps` times}\qquad
-       x \leftarrow x + h_i\,\nabla\log q_{t_i}(x) + \sqrt{2h_i}\,z, \qquad
-       h_i = \text{size}\cdot\sigma_i^2 $$
-
-    Between levels $x/\alpha$ is kept, which is nothing to do where alpha is 1. The step is relative
-    to the shortest scale of $q_{t_i}$, and stable for `size` < 2. As levels or steps grow in number
-    the law tends to $q_{t_n}$ at the last level but for the bias of `ula`: a direction of
-    variance V ends at $V/(1 - h_n/2V)$, up to $1/(1 - \text{size}/2)$ too wide. Low levels are too
-    slow to mend what the high ones left: a direction of data variance c, where
-    $\alpha_i^2 c \gg \sigma_i^2$, forgets only $\text{size}\,\sigma_i^2/(\alpha_i^2 c)$ of itself
-    per step. Cost: `steps` scores per level, and 1 evaluation to denoise. The key of level i is
-    `fold_in(key, i)`, used as by `run`.
-
-    Args:
-        key: a threefry key.
-        denoiser: the denoiser.
-        x: a sample of $q_{t_0}$, or close to one, (*dims,): $\sigma_{t_0} z$ as a rule.
-        ts: the levels: strictly decreasing times of finite log-SNR, (nodes,).
-        steps: Langevin steps per level; 100 in the paper.
-        size: $h_i/\sigma_i^2$, positive, (); 0.1 in the paper.
-        cond: condition passed to the denoiser.
-        denoise: return the posterior mean at the last level, a sample without its noise.
-
-    Returns:
-        The sample, (*dims,): of $q_{t_n}$, or denoised.
-
-    Raises:
-        ValueError: if an argument is wrong: `ts` is no grid of the process, or alpha or sigma is 0
-            at one of its ends.
-
-    Example:
-        >>> import jaxdiff as jd
-        >>> path = jd.process.VE()
-        >>> two = jd.exact.mixture(path, [0.5, 0.5], [[-1.0], [1.0]], 0.01)
-        >>> ts, noise = path.grid(20, "logsnr"), path.sigma(path.t_max) * jnp.ones(1)
-        >>> end = annealed(jax.random.key(0), two, noise, ts, steps=5, size=0.1, denoise=True)
-        >>> bool(0.5 < abs(end[0]) < 1.5)
-        True
-
-    References:
-        Song, Ermon 2019 (1907.05600), algorithm 1, with $h_i = \alpha_i/2$ of its step $\alpha_i$.
-    """
-    key = _check.key("annealed", "key", key)
-    if not isinstance(denoiser, AbstractDenoiser):
-        raise _check.bad("annealed", "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    _check.whole("annealed", "steps", steps, 1)
-    _positive("annealed", size=size)
-    x = _start(x)
-    ts = grids.check(denoiser.process, ts, where="annealed", dtype=x.dtype)
-    alpha, sigma = host64(_scales, denoiser.process, ts)
-    if is_concrete(alpha, sigma) and not (np.all(alpha > 0) and np.all(sigma > 0)):
-        i = int(np.argmin((alpha > 0) & (sigma > 0)))
-        got = f"t={float(ts[i])!r}"
-        raise _check.bad("annealed", f"ts[{i}]", "a time of finite log-SNR", got)
-    ratio = alpha / jnp.concatenate([alpha[:1], alpha[:-1]])
-    rows = _like(x, ts, ratio, size * sigma**2)
-
-    def level(x: Array, row: tuple[Array, ...]) -> tuple[Array, None]:
-        i, t, rescale, h = row
-        kernel = ula(target(denoiser, t, cond), h)
-        return run(stream(key, i), kernel, rescale * x, steps).x, None
-
-    x, _ = jax.lax.scan(level, x, (jnp.arange(len(ts)), *rows))
-    return denoiser(rows[0][-1], x, cond) if denoise else x

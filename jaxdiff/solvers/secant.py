@@ -161,15 +161,11 @@ class Secant(AbstractGridSolver):
         scale = jnp.where(size > 0, used / jnp.where(size > 0, size, 1.0), 0.0)
         unit, image = scale[:, None] * of_u, scale[:, None] * of_m
         cross = dot(unit, image.T)
-        # Pairs that are not used get eigenvalues apart from all others and each other: nothing
-        # depends on them, but the derivative of eigenvectors asks that none be repeated.
-        apart = 1.0 + jnp.arange(self.k, dtype=u.dtype)
-        values, vectors = eigh(dot(unit, unit.T) - jnp.diag(jnp.where(scale > 0, 0.0, apart)))
+        values, vectors = eigh(dot(unit, unit.T))
         kept = values > 100 * jnp.finfo(u.dtype).eps * self.k
         root = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
         inverse = root[:, None] * vectors.T  # of A
-        core = dot(dot(inverse, (cross + cross.T) / 2), inverse.T)
-        curvature, turned = eigh(core + span.s0**2 * jnp.diag(jnp.where(kept, 0.0, apart)))
+        curvature, turned = eigh(dot(dot(inverse, (cross + cross.T) / 2), inverse.T))
         least = _LEAST * span.s1**2
         weights = bend(jnp.maximum(curvature, least), span.s0, span.s1)
         along = dot(turned.T, dot(inverse, dot(unit, u)))
