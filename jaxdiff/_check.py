@@ -1,5 +1,6 @@
 """Argument checks: every error names the function, the argument, what was expected and got."""
 
+import functools
 from typing import Any
 
 import jax
@@ -72,11 +73,23 @@ def two_sets(where: str, x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
     return x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
 
 
+@functools.cache
+def _is_threefry(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) and "fry" in str(dtype)
+
+
+def is_key(value: Any) -> bool:
+    """Say whether a value is one typed threefry key."""
+    return isinstance(value, jax.Array) and value.shape == () and _is_threefry(value.dtype)
+
+
 def key(where: str, argument: str, value: Any) -> PRNGKeyArray:
     """Return a typed threefry key, or raise if `value` is not one.
 
     Only threefry gives the same draws under any batching (`rbg` differs under vmap).
     """
+    if is_key(value):
+        return value
     if isinstance(value, (jax.Array, np.ndarray)) and value.dtype == jnp.uint32:
         if value.shape == (2,):
             value = jax.random.wrap_key_data(jnp.asarray(value), impl="threefry2x32")

@@ -35,7 +35,7 @@ class NetFn(Protocol):
 
 # One stream per use, so that no key serves twice. Particle methods that couple samples add their
 # own stream of the parent key.
-INIT, SOLVER, PROBES = 0, 1, 2
+INIT, SOLVER, PROBES, HOOK = 0, 1, 2, 3
 
 
 def stream(key: PRNGKeyArray, index: Any) -> PRNGKeyArray:

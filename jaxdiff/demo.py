@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,20 +160,13 @@ def draw(
     """Draw `num` samples in chunks; return them, the evaluations each, and ms per sample."""
     pieces, nfe, seconds, timed = [], 0, 0.0, 0
     chunk = min(CHUNK, num)
+    ts = denoiser.process.grid(steps, "logsnr")
+    sampler = jd.sampler(denoiser, SHAPE, solver=solver, ts=ts, denoise=True)
     for start in range(0, num, chunk):
         rows = np.minimum(np.arange(start, start + chunk), num - 1)
         begin = time.perf_counter()
-        samples = jd.sample(
-            jax.random.key(seed),
-            denoiser,
-            SHAPE,
-            num=chunk,
-            start=start,
-            solver=solver,
-            ts=denoiser.process.grid(steps, "logsnr"),
-            cond=None if labels is None else labels[rows],
-            denoise=True,
-        )
+        own = None if labels is None else labels[rows]
+        samples = jd.sample(jax.random.key(seed), sampler, num=chunk, start=start, cond=own)
         pieces.append(jax.block_until_ready(jd.check(samples).x))
         nfe = int(samples.nfe[0])
         if start:
@@ -249,18 +241,13 @@ def likelihoods(
     for name, trace, debias in bar:
         bar.set_postfix_str(name)
 
-        @eqx.filter_jit
-        def measure(keys: Array, x: Array, labels: Array, trace: Any, debias: int) -> Array:
-            one = lambda key, x, label: jd.log_prob(  # noqa: E731
-                denoiser, x, cond=label, ts=ts, solver=diffrax.Heun(),
-                trace=trace, key=key, debias=debias,
-            ).log_prob  # fmt: skip
-            return jax.vmap(one)(keys, x, labels)
-
+        likelihood = jd.likelihood(
+            denoiser, ts=ts, solver=diffrax.Heun(), trace=trace, debias=debias
+        )
+        measure = jax.vmap(lambda key, x, label, of=likelihood: of(x, label, key=key).log_prob)
         pieces, begin = [], 0.0
         for part in parts:  # the first pays for compilation and is not timed
-            args = keys[part], noisy[part], digits.held_out_labels[part]
-            pieces.append(measure(*args, trace, debias))
+            pieces.append(measure(keys[part], noisy[part], digits.held_out_labels[part]))
             jax.block_until_ready(pieces)
             begin = begin or time.perf_counter()
         timed = num - len(parts[0])
@@ -305,17 +292,9 @@ def draw_grid(path: Path, digits: Digits, labels: Array, samples: Array) -> None
 
 def draw_trajectory(path: Path, denoiser: jd.Denoiser, seed: int) -> None:
     """Write the states of five samples from noise to data."""
-    samples = jd.sample(
-        jax.random.key(seed),
-        denoiser,
-        SHAPE,
-        num=5,
-        solver=jd.solvers.DPMpp2M(),
-        ts=denoiser.process.grid(10, "logsnr"),
-        cond=jnp.arange(5) * 2,
-        denoise=True,
-        trajectory=True,
-    )
+    solve: dict = dict(solver=jd.solvers.DPMpp2M(), ts=denoiser.process.grid(10, "logsnr"))
+    sampler = jd.sampler(denoiser, SHAPE, **solve, denoise=True, trajectory=True)
+    samples = jd.sample(jax.random.key(seed), sampler, num=5, cond=jnp.arange(5) * 2)
     states, ts = (np.asarray(samples.aux[name]) for name in ("trajectory", "ts"))
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()

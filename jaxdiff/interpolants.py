@@ -24,7 +24,7 @@ References: Albergo, Boffi, Vanden-Eijnden 2023 (2303.08797), theorem 5 and coro
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
@@ -32,9 +32,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
+from jaxdiff._sampler import State, prepare
+from jaxdiff._steps import DiffraxSolve, bounded
 from jaxdiff._types import (
     INIT,
     SOLVER,
@@ -47,11 +49,8 @@ from jaxdiff._types import (
     stream,
     time_dtype,
 )
-from jaxdiff.batching import many
 from jaxdiff.process import AbstractProcess, Rectified
-from jaxdiff.sampling import Samples
 from jaxdiff.score import floating
-from jaxdiff.solvers.plan import evaluations
 from jaxdiff.solvers.terms import AdditiveNoise, GridBrownian
 
 
@@ -274,15 +273,6 @@ class _Noise(AdditiveNoise):
         return jnp.broadcast_to(root, y.shape).astype(y.dtype)
 
 
-class _Plan(eqx.Module):
-    model: Model
-    solver: dfx.AbstractSolver
-    ts: Any
-    diffusion: Any  # None: ODE
-    shape: jax.ShapeDtypeStruct = eqx.field(static=True)
-    trajectory: bool = eqx.field(static=True)
-
-
 def _profile(interpolant: Interpolant, diffusion: Any, ts: Array) -> tuple[Array, Array]:
     return jax.vmap(lambda t: (_value(diffusion, t), interpolant.jet(t)[0][2]))(ts)
 
@@ -302,16 +292,85 @@ def _check_diffusion(where: str, model: Model, solver: Any, ts: Any, diffusion: 
             raise _check.bad(where, "diffusion", expected, got)
 
 
-def _plan(
-    where: str, key: Any, model: Any, rest: tuple[Any, ...], num: tuple[int, ...] = ()
-) -> tuple[_Plan, Any, Any]:
-    """Check the arguments of a solve; raise ValueError naming the first that is wrong."""
-    shape, dtype, solver, ts, diffusion, init, trajectory = rest
-    if not isinstance(model, Model):
-        raise _check.bad(where, "model", "a Model of an interpolant", repr(model))
-    shape, dtype = _check.dims(where, "shape", shape), _check.floating_dtype(where, dtype)
-    ts = grids.check(Rectified(), ts, where=where, dtype=time_dtype(dtype))
-    if not callable(diffusion):
+class BridgeSolve(DiffraxSolve):
+    r"""A solver of diffrax between base and data, in the clock s = 1 - t, which increases.
+
+    Attributes:
+        solver: explicit.
+        diffusion: e; None for the ODE.
+        base: whether the model can draw $x_1$.
+    """
+
+    solver: dfx.AbstractSolver
+    ts: Any
+    diffusion: Any
+    base: bool = eqx.field(static=True)
+    start: jax.ShapeDtypeStruct = eqx.field(static=True)
+    trajectory: bool = eqx.field(static=True)
+    live: bool = eqx.field(static=True)
+
+    @property
+    def nodes(self) -> Any:  # type: ignore[override]
+        """The times of the clock."""
+        return 1 - jnp.asarray(self.ts)
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        """Whether e is not 0."""
+        return self.diffusion is not None
+
+    def path_of(self, model: Any) -> Any:
+        """Return the interpolant."""
+        return model.interpolant
+
+    def admit(self, where: str, init: Any, lead: tuple[int, ...] = ()) -> Any:
+        """Ask for a start where the model has none."""
+        if init is None and not self.base:
+            expected = "given: the model has no base to draw it from"
+            raise _check.bad(where, "init", expected, None)
+        return super().admit(where, init, lead)
+
+    def terms(self, model: Any, key: Any, cond: Cond) -> Any:
+        """Return the equation of one sample, with its noise."""
+        level = None if self.diffusion is None else functools.partial(_value, self.diffusion)
+
+        def drift(s: Any, x: Array, args: Any) -> Array:
+            return -model.drift(1 - s, x, cond, None if level is None else level(1 - s))
+
+        if self.diffusion is None:
+            return dfx.ODETerm(drift)
+        path = GridBrownian(key=stream(key, SOLVER), nodes=self.nodes, shape=self.start)
+        return dfx.MultiTerm(dfx.ODETerm(drift), _Noise(path, self.diffusion))
+
+    def init(self, model: Any, key: Any, cond: Cond, init: Any) -> State:
+        """Draw from the base, or take what is given."""
+        if self.admit("sampler", init) is None:
+            init = model.base(stream(key, INIT), self.start.shape, self.start.dtype)
+        return self.begin(self.terms(model, key, cond), jnp.asarray(init, self.start.dtype))
+
+
+@prepare.register
+def _(
+    model: Model,
+    start: jax.ShapeDtypeStruct,
+    *,
+    solver: Any,
+    ts: Any,
+    diffusion: Any = None,
+    trajectory: bool = False,
+) -> BridgeSolve:
+    r"""Prepare to carry base samples to data, by the ODE or by an SDE of any diffusion.
+
+    $$ dx = (b - e\,\nabla\log q_t)\,dt + \sqrt{2e}\,d\bar W, \qquad x(t_0) = x_1 $$
+
+    Every diffusion gives the same law; a larger one forgets errors of $b$ and needs more steps.
+    `diffrax.Euler()` is of order 1, `diffrax.Heun()` of order 2 at two evaluations per step, weakly
+    so for the SDE. Where $\gamma = 0$, as at both ends, `diffusion` must vanish, as
+    $e = 4a\,t(1-t)$ does, or no step may start.
+    """
+    where, wide = "sampler", time_dtype(start.dtype)
+    ts = grids.check(Rectified(), ts, where=where, dtype=wide)
+    if diffusion is not None and not callable(diffusion):
         _check.number(where, "diffusion", diffusion, 0, sys.float_info.max)
         diffusion = None if is_concrete(diffusion) and float(diffusion) == 0 else diffusion
     families = (dfx.AbstractItoSolver, dfx.AbstractStratonovichSolver)
@@ -323,125 +382,12 @@ def _plan(
     if not good:
         expected = f"an explicit diffrax solver for {kind}, as diffrax.Heun()"
         raise _check.bad(where, "solver", expected, repr(solver))
-    if init is None and model.base is None:
-        raise _check.bad(where, "init", "given: the model has no base to draw it from", None)
-    if init is not None and jnp.shape(init) != (*num, *shape):
-        raise _check.bad(where, "init", f"of shape {(*num, *shape)}", f"shape {jnp.shape(init)}")
-    key = _check.needed_key(where, key, needed=init is None or diffusion is not None)
-    ts = ts.astype(time_dtype(dtype))
-    plan = _Plan(model, solver, ts, diffusion, jax.ShapeDtypeStruct(shape, dtype), trajectory)
-    return plan, key, init
-
-
-def _draw(plan: _Plan, key: Any, cond: Cond, init: Any) -> Samples:
-    ts, solver, shape = jnp.asarray(plan.ts), plan.solver, plan.shape
-    if init is None:
-        base: Any = plan.model.base
-        init = base(stream(key, INIT), shape.shape, shape.dtype)
-    x1, nodes = jnp.asarray(init, shape.dtype), 1 - ts
-    level = None if plan.diffusion is None else functools.partial(_value, plan.diffusion)
-
-    def drift(s: Any, x: Array, args: Any) -> Array:  # the clock s = 1 - t increases
-        return -plan.model.drift(1 - s, x, cond, None if level is None else level(1 - s))
-
-    terms: Any = dfx.ODETerm(drift)
-    if plan.diffusion is not None:
-        path = GridBrownian(key=stream(key, SOLVER), nodes=nodes, shape=shape)
-        terms = dfx.MultiTerm(terms, _Noise(path, plan.diffusion))
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
-    def body(carry: tuple[Array, Any], ends: tuple[Array, Array]) -> Any:
-        x, state = carry
-        x, *_, state, _ = solver.step(terms, *ends, x, None, state, False)
-        return (x, state), x if plan.trajectory else None
-
-    start = (x1, solver.init(terms, nodes[0], nodes[1], x1, None))
-    (x, _), xs = jax.lax.scan(body, start, (nodes[:-1], nodes[1:]))
-    finite, failed = jnp.all(jnp.isfinite(x)), dfx.RESULTS.nonfinite
-    result: Any = dfx.RESULTS.where(finite, dfx.RESULTS.successful, failed)  # type: ignore
-    aux = {"trajectory": jnp.concatenate([x1[None], xs]), "ts": ts} if plan.trajectory else {}
-    nfe = jnp.asarray(evaluations(solver, len(nodes) - 1))
-    return Samples(jnp.where(finite, x, jnp.nan), result, nfe, aux)
-
-
-_draw_jit = eqx.filter_jit(_draw)
-
-
-def draw(
-    key: PRNGKeyArray | None,
-    model: Model,
-    shape: tuple[int, ...],
-    *,
-    solver: dfx.AbstractSolver,
-    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
-    diffusion: ScalarLike | Callable[[Any], Any] = 0.0,
-    cond: Cond = None,
-    init: Float[Any, "*dims"] | None = None,
-    trajectory: bool = False,
-    dtype: Any = None,
-) -> Samples:
-    r"""Carry one base sample to data, by the ODE or by an SDE of any diffusion.
-
-    $$ dx = (b - e\,\nabla\log q_t)\,dt + \sqrt{2e}\,d\bar W, \qquad x(t_0) = x_1 $$
-
-    Every diffusion gives the same law; a larger one forgets errors of $b$ and needs more steps.
-    `diffrax.Euler()` is of order 1, `diffrax.Heun()` of order 2 at two evaluations per step, weakly
-    so for the SDE. `nfe` counts evaluations of the model. Reverse mode keeps one state per step.
-
-    Args:
-        key: a threefry key; None if nothing random is left to draw.
-        model: what was learnt of the interpolant.
-        shape: shape of the sample, `(*dims,)`.
-        solver: an explicit diffrax solver, which steps from node to node.
-        ts: strictly decreasing times in [0, 1], (nodes,); $x_1$ is taken for $x_{t_0}$.
-        diffusion: $e \ge 0$: a number, or a callable of the time. Where $\gamma = 0$, as at both
-            ends, it must vanish, as $e = 4a\,t(1-t)$ does, or no step may start.
-        cond: condition passed to the networks.
-        init: base sample, (*dims,), instead of a draw from `model.base`.
-        trajectory: also return the states at all nodes, in `aux`.
-        dtype: dtype of the sample; the default float.
-
-    Raises:
-        ValueError: before any computation, if an argument is wrong.
-
-    Example:
-        >>> nets = [lambda t, x, cond: -x, lambda t, x, cond: 0.5 * x]
-        >>> model = Model(bridge("linear", "sqrt"), *nets, base=jax.random.normal)
-        >>> key, ts, heun = jax.random.key(0), [0.9, 0.5, 0.1], dfx.Heun()
-        >>> one = draw(key, model, (1,), solver=heun, ts=ts, diffusion=0.5)
-        >>> one.x.shape, int(one.nfe)
-        ((1,), 4)
-    """
-    rest = (shape, dtype, solver, ts, diffusion, init, trajectory)
-    plan, key, init = _plan("draw", key, model, rest)
-    return _draw_jit(plan, key, cond, init)
-
-
-def sample(
-    key: PRNGKeyArray | None,
-    model: Model,
-    shape: tuple[int, ...],
-    *,
-    num: int,
-    solver: dfx.AbstractSolver,
-    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
-    diffusion: ScalarLike | Callable[[Any], Any] = 0.0,
-    cond: Cond = None,
-    init: Float[Any, "num *dims"] | None = None,
-    start: Any = 0,
-    chunk: int | None = None,
-    progress: bool = False,
-    trajectory: bool = False,
-    dtype: Any = None,
-) -> Samples:
-    """Carry base samples to data; sample i is `draw(fold_in(key, start + i), ...)`.
-
-    Arguments are those of `draw`, with a leading axis `num` of `init` and of every leaf of `cond`;
-    `num`, `start`, `chunk` and `progress` are those of `jaxdiff.sample`. So are the errors.
-    """
-    _check.whole("sample", "num", num, 1)
-    rest = (shape, dtype, solver, ts, diffusion, init, trajectory)
-    plan, key, init = _plan("sample", key, model, rest, (num,))
-    _check.rows("sample", "cond", cond, num)
-    one, rows = eqx.Partial(_draw, plan), dict(num=num, start=start, chunk=chunk, progress=progress)
-    return many("sample", one, key, cond, init, **rows)  # type: ignore[arg-type]
+    return BridgeSolve(
+        bounded(solver),
+        ts.astype(wide),
+        diffusion,
+        base=model.base is not None,
+        start=start,
+        trajectory=trajectory,
+        live=not is_concrete(model.interpolant),
+    )

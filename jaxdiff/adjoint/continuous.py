@@ -1,5 +1,6 @@
 r"""The gradient of the PF-ODE: state and adjoint integrated together, with no state kept."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,73 +10,59 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
-from jaxdiff import _check
+from jaxdiff._passengers import At, Ride, Road, ride, road
+from jaxdiff._sampler import Samples
+from jaxdiff._status import first_failure, or_nan, status
 from jaxdiff._types import Cond
-from jaxdiff.adjoint.problem import Cov, Gradient, Loss, Problem, make_problem, or_nan, status
+from jaxdiff.adjoint.pullback import Cov, Loss, Pullback, is_loss, pullback, scalar
+from jaxdiff.adjoint.terminal import Gradient
 from jaxdiff.fisher.trace import AbstractTrace
-from jaxdiff.sampling import Samples
 from jaxdiff.score import AbstractDenoiser, floating
-from jaxdiff.solvers.engine import AbstractGridSolver
-from jaxdiff.solvers.plan import Options, Plan, plan_solve
-from jaxdiff.solvers.terms import Clock, Field
 
 
-class _AdjointField(eqx.Module):
-    r"""The PF-ODE in the state of clock `"lam"`, with $d\mu/d\lambda = -R\mu$ beside it."""
+class _Covector(eqx.Module):
+    r"""The passenger $\mu = \sigma\ell$, driven by $-R\mu$ on the way back from the end point."""
 
-    problem: Problem
-    clock: Clock
-    y: Array
+    denoiser: AbstractDenoiser
+    rule: Pullback
+    cond: Cond
+    end: Array
 
-    def __call__(self, lam: Any, state: tuple[Array, Array], args: Any) -> tuple[Array, Array]:
-        scaled, mu = state
-        t = self.clock.t(lam)
-        alpha, sigma = self.clock.process.alpha(t), self.clock.process.sigma(t)
-        size = jnp.hypot(alpha, sigma)
-        x = (scaled * size).astype(scaled.dtype)
-        m, product = self.problem.product(0, t, x, None, self.y, mu)
-        # alpha sigma (sigma m - alpha eps) / size^3, where nothing is divided by sigma
-        slope = alpha * (sigma**2 * m - alpha * (x - alpha * m)) / size**3
-        return slope.astype(scaled.dtype), (-alpha * product).astype(mu.dtype)
+    def __call__(self, at: At, mu: Array) -> tuple[Array, Array, Array]:
+        rule, cond = self.rule, self.cond
+        args = (self.denoiser, at.t, at.x, cond, None, self.end, mu, rule.key)
+        m, product = rule.product(*args)
+        eps = (at.x - at.alpha * m) / at.sigma
+        return m, eps, -at.alpha * product
 
 
-def _integrate(plan: Plan, field: Any, nodes: Array, y0: Any) -> Any:
-    controller, max_steps = plan.controller, plan.max_steps
-    if controller is None:
-        controller, max_steps = dfx.StepTo(nodes), nodes.shape[0] - 1
-    return dfx.diffeqsolve(
-        dfx.ODETerm(field),
-        plan.solver,
-        nodes[0],
-        nodes[-1],
-        None,
-        y0,
-        stepsize_controller=controller,
-        max_steps=max_steps,
-        throw=False,
-    )
+class _Alone(eqx.Module):
+    """No passenger."""
+
+    denoiser: AbstractDenoiser
+    cond: Cond
+
+    def __call__(self, at: At, nothing: tuple[()]) -> tuple[Array, Array, tuple[()]]:
+        return *self.denoiser.pair(at.t, at.x, self.cond), ()
 
 
 @eqx.filter_jit
-def _continuous(problem: Problem, plan: Plan, x: Array) -> Gradient:
-    nodes, ts = jnp.asarray(plan.nodes), jnp.asarray(plan.ts)
-    process = problem.denoiser.process
-    clock = Clock(process, "lam")
-    size = [jnp.hypot(process.alpha(t), process.sigma(t)) for t in (ts[0], ts[-1])]
-    field = Field(problem.denoiser, clock, problem.cond)
-    there = _integrate(plan, field, nodes, (x / size[0]).astype(x.dtype))
-    y = (there.ys[-1] * size[1]).astype(x.dtype)
-    value, ell = jax.value_and_grad(problem.scalar)(y)
+def _continuous(
+    denoiser: Any, loss: Loss, rule: Pullback, cond: Cond, path: Road, x: Array
+) -> Gradient:
+    path, process = path.cast(x.dtype), denoiser.process
+    start = ((x / path.scales[0]).astype(x.dtype), ())
+    (there, _), _, went, _ = ride(path, Ride(process, _Alone(denoiser, cond)), start)
+    y = (there * path.scales[1]).astype(x.dtype)
+    value, ell = jax.value_and_grad(functools.partial(scalar, loss))(y)
     # The equation is linear in mu: at unit size the tolerances of a controller mean something.
-    norm = jnp.sqrt(jnp.mean(ell**2))
-    unit = ell / jnp.where(norm > 0, norm, 1)
-    back = _integrate(plan, _AdjointField(problem, clock, y), nodes[::-1], (there.ys[-1], unit))
-    start, mu = (a[-1] for a in back.ys)
-    grad = (mu * norm * (process.sigma(ts[-1]) / process.sigma(ts[0]))).astype(x.dtype)
-    result = dfx.RESULTS.where(there.result == dfx.RESULTS.successful, back.result, there.result)
-    ok = result == dfx.RESULTS.successful
-    result = dfx.RESULTS.where(ok, status(y, value, grad), result)
-    aux = {"x_T": (start * size[0]).astype(x.dtype)}
+    size = jnp.sqrt(jnp.mean(ell**2))
+    unit = ell / jnp.where(size > 0, size, 1)
+    field = Ride(process, _Covector(denoiser, rule, cond, y))
+    (begin, mu), _, came, _ = ride(path, field, (there, unit), back=True)
+    grad = (mu * size * (path.sigmas[1] / path.sigmas[0])).astype(x.dtype)
+    result = status(first_failure(went, came), y, value, grad)
+    aux = {"x_T": (begin * path.scales[0]).astype(x.dtype)}
     sample = Samples(or_nan(result, y), result, -jnp.ones((), int), aux)
     return Gradient(or_nan(result, value), or_nan(result, grad), sample)
 
@@ -143,12 +130,7 @@ def continuous_gradient(
         (1806.07366), algorithm 1.
     """
     x, where = floating(x_T), "continuous_gradient"
-    problem = make_problem(where, denoiser, loss, cond, cov, trace, key)
-    solver = dfx.Tsit5() if solver is None else solver
-    if isinstance(solver, AbstractGridSolver | dfx.AbstractItoSolver | dfx.AbstractSRK):
-        raise _check.bad(where, "solver", "a diffrax ODE solver, as diffrax.Tsit5()", repr(solver))
-    options = Options(False, False, None, "ode", "lam", controller, None, max_steps)
-    plan = plan_solve(where, denoiser, solver, ts, x.dtype, options)
-    if plan.denoise:
-        raise _check.bad(where, "ts[-1]", "a time with sigma > 0", f"t={plan.last[1]!r}")
-    return _continuous(problem, plan, x)
+    is_loss(where, loss)
+    rule = pullback(where, denoiser, cov, trace, key)
+    path = road(where, denoiser, ts, solver, controller, None, max_steps, dtype=x.dtype)
+    return _continuous(denoiser, loss, rule, cond, path, x)

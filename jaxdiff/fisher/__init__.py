@@ -1,7 +1,6 @@
 """Second-order information of a denoiser, without Hessians."""
 
 from jaxdiff import streaming
-from jaxdiff.fisher import transport
 from jaxdiff.fisher.endpoint import (
     endpoint_bound,
     endpoint_cov,
@@ -53,5 +52,4 @@ __all__ = [
     "solve",
     "streaming",
     "trace",
-    "transport",
 ]

@@ -10,7 +10,7 @@ leaves $q_t$ invariant; without $\Gamma$ it does not. `Newton` takes the damped 
 Fisher, under which all directions of $q_t$ relax together, however unlike their variances are;
 `RankOne` the model $\delta I + \hat\epsilon\hat\epsilon^\top$ of Levenberg-Marquardt-Langevin,
 which knows no direction but that of the score. Both are rules `(denoiser, t, x, z, cond) -> x` for
-one step with the normals z: `solvers.LangevinCorrected` takes them after each step of a sampler,
+one step with the normals z: `solvers.Langevin` takes them after each step of a sampler,
 `particles.langevin` at a fixed time.
 """
 

@@ -20,7 +20,7 @@ here on a Gaussian of precision k, with $a = hk$:
 | `underdamped` | 1 or 2, by the solver | $1 + O(h^2)$ or better |
 
 Langevin steps between the steps of a solver, the predictor-corrector method, are
-`jaxdiff.solvers.LangevinCorrected`.
+`jaxdiff.solvers.Langevin`.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ from jaxdiff.particles.chain import (
 )
 from jaxdiff.process import EDM
 from jaxdiff.score import Denoiser
-from jaxdiff.solvers.correctors import LangevinStep
+from jaxdiff.solvers.hooks import LangevinStep
 
 
 class Overdamped(NamedTuple):

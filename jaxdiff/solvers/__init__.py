@@ -1,9 +1,10 @@
 """Clocks, diffrax terms and solvers: how a denoiser is turned into samples."""
 
-from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise
+from jaxdiff.solvers.correctors import Churn, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import DDIM, transfer
+from jaxdiff.solvers.hooks import Between, Hook, Langevin
 from jaxdiff.solvers.lml import LML
 from jaxdiff.solvers.momentum import GHVB, HeavyBall
 from jaxdiff.solvers.multistep import DEIS, PNDM, DPMpp2M, DPMpp3M, UniPC, WarmStart
@@ -45,6 +46,7 @@ __all__ = [
     "AbstractReversible",
     "AbstractWrapper",
     "AdditiveNoise",
+    "Between",
     "Churn",
     "Clock",
     "DPMSolverV3",
@@ -58,8 +60,9 @@ __all__ = [
     "GridBrownian",
     "HeavyBall",
     "Heun",
+    "Hook",
     "Inverted",
-    "LangevinCorrected",
+    "Langevin",
     "LocalGaussian",
     "McCallumFoster",
     "PseudoRK4",

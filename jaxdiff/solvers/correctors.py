@@ -9,23 +9,20 @@ which pull the law of $x$ back to $q_{t_1}$.
 """
 
 import sys
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, ScalarLike, is_concrete
+from jaxdiff._types import ScalarLike, is_concrete
 from jaxdiff.process import AbstractProcess
-from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import ENDLESS, AbstractGridSolver, Row, State, combine
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.singlestep import TABLEAUS, RungeKutta, Tableau
-from jaxdiff.solvers.terms import USES, GridBrownian, View
-from jaxdiff.solvers.wrapper import AbstractWrapper
+from jaxdiff.solvers.terms import View
 
 
 def _half(root: Array) -> Array:
@@ -159,127 +156,3 @@ class SplitNoise(AbstractGridSolver):
         m, output = self.outputs(at.field.denoiser, t[0], y, at.field.cond)
         x1 = combine(frozen, y, m, [output], None) + after * second
         return x1, output, state.extra
-
-
-@runtime_checkable
-class LangevinStep(Protocol):
-    """Any step that leaves the law at time `t` as it is: `(denoiser, t, x, z, cond) -> x`."""
-
-    def __call__(
-        self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, z: Array, cond: Any = None, /
-    ) -> Array:
-        """Step from `x` with the standard normals `z`, both (*dims,)."""
-        ...
-
-
-_SPARE = 4  # the first draw of a step that no solver uses itself
-
-
-class LangevinCorrected(AbstractWrapper):
-    r"""Predictor-corrector: any solver of ours, and Langevin steps after each of its steps.
-
-    $$ x \leftarrow x + \delta\,\nabla\log q_{t_1}(x) + \sqrt{2\delta}\,z, \qquad
-       \delta = 2\left(r\,\frac{\|z\|}{\|\nabla\log q\|}\right)^2 \text{ (snr)}, \qquad
-       \delta = 2(r\sigma_1)^2 \text{ (ald)} $$
-
-    Where $x$ has variance v at $t_1$, they pull it towards $v\,/\,(1 - \delta/(2v))$: with the SNR
-    rule, a share $r^2$ too much, however many steps there are. The norms are those of the one
-    sample, where published code averages them over a batch: choose `"ald"` in fewer than about ten
-    dimensions, in which $1/\|\nabla\log q\|^2$ has heavy tails. Published code for variance
-    preserving paths also has a factor $1 - \beta_i$, which is close to 1.
-
-    There is no corrector after the last step, so that the sample is free of its noise. The noise
-    is keyed by the step: a Brownian path cannot be given. `steps` more network evaluations per
-    step, but for the last.
-
-    Args:
-        solver: the predictor.
-        steps: Langevin steps after each step, 1 to 12.
-        snr: r, positive; 0.01 to 0.2 in the paper.
-        rule: of the step size, `"snr"` or `"ald"` (annealed Langevin dynamics).
-        kernel: a step of another kind instead, `(denoiser, t, x, z, cond) -> x`, such as
-            `fisher.Newton()`; `snr` and `rule` then have no meaning, and `nfe` counts one
-            evaluation for each.
-
-    Raises:
-        ValueError: if an argument is none of these.
-
-    References:
-        Song et al. 2021 (2011.13456), algorithms 2 to 5; Song, Ermon 2019 (1907.05600) for `"ald"`.
-    """
-
-    solver: AbstractGridSolver
-    steps: int = eqx.field(static=True, default=1)
-    snr: float | Array = 0.16
-    rule: Literal["snr", "ald"] = eqx.field(static=True, default="snr")
-    kernel: LangevinStep | None = None
-    rows: Any = None
-    stochastic = True  # type: ignore[assignment]
-
-    def __check_init__(self) -> None:
-        if not isinstance(self.solver, AbstractGridSolver) or _is_corrected(self.solver):
-            expected = "a solver of jaxdiff that is not corrected itself"
-            raise _check.bad("LangevinCorrected", "solver", expected, repr(self.solver))
-        _check.whole("LangevinCorrected", "steps", self.steps, 1)
-        if self.steps > USES - _SPARE:
-            raise _check.bad("LangevinCorrected", "steps", f"at most {USES - _SPARE}", self.steps)
-        _check.number("LangevinCorrected", "snr", self.snr, sys.float_info.min, 1e6)
-        _check.choice("LangevinCorrected", "rule", self.rule, ("snr", "ald"))
-        if self.kernel is not None and (not callable(self.kernel) or isinstance(self.kernel, type)):
-            expected = "a step (denoiser, t, x, z, cond) -> x, as fisher.Newton()"
-            raise _check.bad("LangevinCorrected", "kernel", expected, repr(self.kernel))
-
-    @property
-    def claimed_order(self) -> int:  # type: ignore[override]
-        """Of the solver, until the bias of the corrector is reached."""
-        return self.solver.claimed_order
-
-    def cost(self, steps: Any) -> Any:
-        """Return the evaluations of the solver and of the corrected steps."""
-        corrected = steps
-        if self.rows is not None:
-            known = jnp.asarray(self.rows[1])
-            corrected = jnp.sum(jnp.where(jnp.arange(known.shape[0]) < steps, known, 0)).astype(int)
-        return self.solver.cost(steps) + self.steps * corrected
-
-    def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Any:
-        """Return the row of the solver, and 1 if a corrector follows, else 0."""
-        return self.solver.row(process, ts, n, left), jnp.where(jnp.asarray(left) > 1, 1.0, 0.0)
-
-    def advance(
-        self, at: View, row: Any, t: Array, x: Array, state: State
-    ) -> tuple[Array, Array, Any]:
-        """Step, then correct, unless this is the last step."""
-        path = at.path
-        if not isinstance(path, GridBrownian):
-            expected = "left out, since LangevinCorrected needs more than the increments of a path"
-            raise _check.bad("solver", "noise", expected, type(path).__name__)
-        denoiser, cond = at.field.denoiser, at.field.cond
-        x1, output, extra = self.solver.advance(at, row[0], t, x, state)
-
-        def correct(x1: Array) -> Array:
-            for k in range(self.steps):
-                z = path.normal(state.step, _SPARE + k)
-                x1 = self.langevin(denoiser, t[1], x1, z, cond)
-            return x1
-
-        x1 = x1.astype(x.dtype)
-        return jax.lax.cond(row[1] > 0, correct, lambda x1: x1, x1), output, extra
-
-    def langevin(
-        self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, z: Array, cond: Cond = None
-    ) -> Array:
-        """Make one Langevin step at time `t` with the normals `z`, both (*dims,)."""
-        if self.kernel is not None:
-            return self.kernel(denoiser, t, x, z, cond).astype(x.dtype)
-        score = denoiser.score(t, x, cond)
-        if self.rule == "snr":
-            size = self.snr**2 * jnp.sum(z**2) / jnp.sum(score**2)
-        else:
-            size = (self.snr * denoiser.process.sigma(t)) ** 2
-        return (x + 2 * size * score + 2 * jnp.sqrt(size) * z).astype(x.dtype)
-
-
-def _is_corrected(solver: Any) -> bool:
-    nodes = jax.tree.leaves(solver, is_leaf=lambda node: isinstance(node, LangevinCorrected))
-    return any(isinstance(node, LangevinCorrected) for node in nodes)

@@ -52,6 +52,7 @@ class EDICT(AbstractReversible):
     p: ScalarLike = 0.93
     rows: _Coupled | None = None
     evaluations = 2
+    finite_end = True
 
     def __check_init__(self) -> None:
         _check.number("EDICT", "p", self.p, np.finfo(float).tiny, 1)

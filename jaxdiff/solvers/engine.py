@@ -109,6 +109,8 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
         evaluations: denoiser evaluations per step.
         stochastic: whether steps add noise.
         claimed_order: order of convergence on a smooth grid.
+        finite_end: whether a step to sigma = 0 is made by a row as any other. Elsewhere it is the
+            limit of exponential methods, x = alpha m.
         output: what is remembered and compared: the posterior mean `"x0"`, the noise prediction
             `"eps"` or the velocity of the PF-ODE `"velocity"`.
     """
@@ -119,6 +121,7 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
     claimed_order: ClassVar[int] = 1
     output = "x0"  # no annotation: subclasses may have a field of this name
     stochastic: ClassVar[bool] = False
+    finite_end: ClassVar[bool] = False
 
     term_structure: ClassVar[Any] = dfx.AbstractTerm
     interpolation_cls: ClassVar[Any] = dfx.LocalLinearInterpolation

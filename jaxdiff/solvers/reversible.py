@@ -161,6 +161,7 @@ class _Leap(NamedTuple):
     of_eps: Scalar  # B
     line_m: Scalar  # the same of DDIM, from the start to the end of the step
     line_eps: Scalar
+    clean: Scalar  # alpha0 / alpha1 where the step ends at sigma = 0, else 0
 
 
 class AbstractTwoStep(AbstractReversible):
@@ -194,7 +195,9 @@ class AbstractTwoStep(AbstractReversible):
             new, now, old = c * jnp.stack(list(scale))
             lines.append(new - now)
             moves.append(jnp.where(first, new - now, (new - now) - q * (old - now)))
-        return _Leap(jnp.where(first, 1.0, 0.0), c[1], c[0], q, *moves, *lines)
+        alpha0, alpha1 = process.alpha(ts[1]), process.alpha(ts[0])
+        clean = jnp.where(process.sigma(ts[0]) > 0, 0.0, alpha0 / alpha1)
+        return _Leap(jnp.where(first, 1.0, 0.0), c[1], c[0], q, *moves, *lines, clean)
 
     def _move(self, at: View, t: Array, z: Array, c: Array, of_m: Array, of_eps: Array) -> Array:
         x = self.show(z, c)
@@ -215,10 +218,16 @@ class AbstractTwoStep(AbstractReversible):
         return now, (now + (new - now - move) / q).astype(now.dtype)
 
     def arrive(self, at: View, row: _Leap, t: Array, x: Array) -> Pair:
-        """Take one step of DDIM back, with the network output at the data end."""
+        r"""Take one step of DDIM back, with the network output at the data end.
+
+        Where that is sigma = 0, no network is evaluated there, but at $\alpha_0 x/\alpha_1$ and the
+        time where the step begins.
+        """
         z, _ = super().arrive(at, row, t, x)
-        move = self._move(at, t[1], z, row.c1, -row.line_m, -row.line_eps)
-        return z, self._plus(z, move)
+        is_clean = row.clean > 0
+        unit = row.c1 / jnp.where(is_clean, row.clean, 1.0)
+        time = jnp.where(is_clean, t[0], t[1])
+        return z, self._plus(z, self._move(at, time, z, unit, -row.line_m, -row.line_eps))
 
     def _plus(self, z: Array, move: Array) -> Array:
         return z + move
@@ -248,6 +257,7 @@ class BELM(AbstractTwoStep):
 
     q: Literal["optimal"] | ScalarLike = "optimal"
     rows: _Leap | None = None
+    finite_end = True
 
     def __check_init__(self) -> None:
         if not isinstance(self.q, str):
@@ -297,6 +307,7 @@ class BDIA(AbstractTwoStep):
 
     gamma: ScalarLike = 1.0
     rows: _Leap | None = None
+    finite_end = True
 
     def __check_init__(self) -> None:
         _check.number("BDIA", "gamma", self.gamma, 0, np.inf)
@@ -459,6 +470,8 @@ class VelocityLeapfrog(AbstractLeapfrog):
     Raises:
         ValueError: if `bits` is not in [1, 30].
     """
+
+    finite_end = True
 
     def unit(self, process: AbstractProcess, t: Scalar) -> Scalar:
         """Return 1."""

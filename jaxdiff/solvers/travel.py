@@ -20,7 +20,7 @@ from jaxdiff.solvers.terms import Clock, Field, View
 
 
 class ReversibleAdjoint(dfx.AbstractAdjoint):
-    """Differentiate `draw` in memory that does not grow with the number of steps.
+    """Differentiate a sampler in memory that does not grow with the number of steps.
 
     For reversible solvers in the scan engine: the way back reconstructs every pair by the inverse
     step, and pulls the gradient through it by one vjp. It equals the gradient of the plain scan up
@@ -42,7 +42,7 @@ def _at(denoiser: AbstractDenoiser, cond: Any, t: Array) -> View:
     return View(Field(denoiser, Clock(denoiser.process, "t"), cond), None, t[0], t[1])
 
 
-def _step(shared: Any, row: Any, t: Array, pair: Pair, name: str = "forward") -> Pair:
+def step_pair(shared: Any, row: Any, t: Array, pair: Pair, name: str = "forward") -> Pair:
     solver, denoiser, cond = shared
     return getattr(solver, name)(_at(denoiser, cond, t), row, t, pair)
 
@@ -58,7 +58,7 @@ def _travel(vjp_arg: Any) -> tuple[Pair, Pair]:
     solver: AbstractReversible = shared[0]
     pair = jax.tree.map(solver.store, pair)
     pair, _ = jax.lax.scan(
-        lambda pair, at: (_step(shared, *at, pair), None), pair, (rows, _spans(ts))
+        lambda pair, at: (step_pair(shared, *at, pair), None), pair, (rows, _spans(ts))
     )
     return pair, jax.tree.map(lambda z: solver.load(z, ts.dtype), pair)
 
@@ -85,11 +85,11 @@ def _travel_bwd(pair: Pair, grads: Any, perturbed: Any, vjp_arg: Any) -> Any:
     def body(carry: Any, at: Any) -> Any:
         pair, ct, total = carry
         row, fixed, t = at
-        pair = _step(shared, eqx.combine(row, fixed), t, pair, "backward")
+        pair = step_pair(shared, eqx.combine(row, fixed), t, pair, "backward")
 
         def forward(some: Any, row: Any, t: Array, pair: Pair) -> Pair:
             solver, *others = eqx.combine(some, shared_no)
-            return _step((solver.smooth, *others), eqx.combine(row, fixed), t, pair)
+            return step_pair((solver.smooth, *others), eqx.combine(row, fixed), t, pair)
 
         now = jax.tree.map(lambda z: solver.load(z, t.dtype), pair)
         _, pull = jax.vjp(forward, shared_yes, row, t, now)
@@ -108,30 +108,28 @@ def _travel_bwd(pair: Pair, grads: Any, perturbed: Any, vjp_arg: Any) -> Any:
 
 
 def travel(
-    solver: Any, denoiser: AbstractDenoiser, cond: Any, ts: Array, x: Array, pair: Pair | None
-) -> tuple[Array, Pair]:
-    """Run all rows of a solver from x, or from a pair; return the end point and its pair."""
-    rows, bare = jax.tree.map(jnp.asarray, solver.rows), dataclasses.replace(solver, rows=None)
-    if pair is None:
-        pair = bare.smooth.depart(jax.tree.map(lambda a: a[0], rows), x)
-    end, numbers = _travel(((bare, denoiser, cond), rows, ts, pair))
-    return (numbers[0] / rows.c1[-1]).astype(x.dtype), end
+    solver: Any, denoiser: AbstractDenoiser, cond: Any, rows: Any, ts: Array, pair: Pair
+) -> tuple[Pair, Pair]:
+    """Run rows of a solver from a pair; return the pair at the end as it is kept and in numbers."""
+    bare = dataclasses.replace(solver, rows=None)
+    return _travel(((bare, denoiser, cond), rows, ts, pair))
 
 
 def travel_back(
-    solver: Any, denoiser: AbstractDenoiser, cond: Any, ts: Array, pair: Pair, first: int
+    solver: Any, denoiser: AbstractDenoiser, cond: Any, rows: Any, ts: Array, pair: Pair, first: int
 ) -> Pair:
     """Undo the rows from the last to the one with number `first`."""
-    rows = jax.tree.map(lambda a: jnp.asarray(a)[first:], solver.rows)
-    shared = solver, denoiser, cond
+    rows, shared = jax.tree.map(lambda a: a[first:], rows), (solver, denoiser, cond)
 
     def body(pair: Pair, at: Any) -> tuple[Pair, None]:
-        return _step(shared, at[0], at[1], pair, "backward"), None
+        return step_pair(shared, at[0], at[1], pair, "backward"), None
 
     return jax.lax.scan(body, pair, (rows, _spans(ts[first:])), reverse=True)[0]
 
 
-def arrive(solver: Any, denoiser: AbstractDenoiser, cond: Any, ts: Array, x: Array) -> Pair:
+def arrive(
+    solver: Any, denoiser: AbstractDenoiser, cond: Any, rows: Any, ts: Array, x: Array
+) -> Pair:
     """Return a pair at the last node, of which x alone is known."""
-    last = jax.tree.map(lambda a: jnp.asarray(a)[-1], solver.rows)
+    last = jax.tree.map(lambda a: a[-1], rows)
     return solver.arrive(_at(denoiser, cond, ts[-2:]), last, ts[-2:], x)

@@ -29,9 +29,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
+from jaxdiff._many import sample
+from jaxdiff._sampler import sampler
 from jaxdiff._types import INIT, Cond, ScalarLike, host64, is_concrete, stream, time_dtype
 from jaxdiff.process import AbstractProcess
-from jaxdiff.sampling import sample
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.terms import View, pf_ode
@@ -198,10 +199,8 @@ def _fit(
             raise _check.bad(where, "init", f"of shape {(num, *shape)}", x.shape)
 
     def refined(grid: np.ndarray, x: Array, **options: Any) -> Any:
-        run = sample(
-            None, denoiser, shape, num=num, solver=teacher, ts=grid, cond=cond, init=x,
-            dtype=x.dtype, **options,
-        )  # fmt: skip
+        solve = sampler(denoiser, shape, solver=teacher, ts=grid, dtype=x.dtype, **options)
+        run = sample(None, solve, num=num, cond=cond, init=x)
         return np.asarray(run.aux["trajectory"] if options else run.x)
 
     targets = None

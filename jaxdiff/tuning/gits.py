@@ -30,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from jaxdiff import _check, grids, sampling
+from jaxdiff import _check, grids
+from jaxdiff._many import sample
+from jaxdiff._sampler import check, sampler
 from jaxdiff._types import Cond, ScalarLike
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers import DPMpp2M
@@ -119,7 +121,7 @@ def jump_costs(
         $C$, (K, K), float64, infinite where j <= i.
 
     Raises:
-        ValueError: as `sampling.sample`, or if `metric` is unknown, or `"dev"` in one dimension,
+        ValueError: as `jaxdiff.sampler`, or if `metric` is unknown, or `"dev"` in one dimension,
             where a trajectory cannot leave its chord.
         RuntimeError: if the teacher fails.
     """
@@ -128,19 +130,9 @@ def jump_costs(
     if metric == "dev" and math.prod(shape) == 1:
         raise _check.bad("jump_costs", "metric", "'l1' or 'l2' in one dimension", repr(metric))
     solver = DPMpp2M() if solver is None else solver
-    teacher = sampling.sample(
-        key,
-        denoiser,
-        shape,
-        num=num,
-        solver=solver,
-        ts=ts,
-        cond=cond,
-        chunk=chunk,
-        progress=progress,
-        trajectory=True,
-    )
-    xs = sampling.check(teacher).aux["trajectory"]
+    solve = sampler(denoiser, shape, solver=solver, ts=ts, trajectory=True)
+    teacher = check(sample(key, solve, num=num, cond=cond, chunk=chunk, progress=progress))
+    xs = teacher.aux["trajectory"]
     nodes = teacher.aux["ts"][0]
     rows = (xs, jax.tree.map(jnp.asarray, cond))
     costs = _mean_costs(denoiser, nodes, metric, rows, num if chunk is None else chunk)

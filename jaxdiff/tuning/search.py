@@ -28,9 +28,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
 from jaxdiff import _check
+from jaxdiff._many import sample
+from jaxdiff._sampler import check, sampler
 from jaxdiff._types import Cond, ScalarLike, is_concrete
 from jaxdiff.process import AbstractProcess
-from jaxdiff.sampling import check, sample
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State, combine
 from jaxdiff.solvers.exponential import transfer
@@ -443,8 +444,9 @@ class Distance(eqx.Module):
     def __call__(self, solver: AbstractGridSolver, ts: Any) -> float:
         """Return the distance; infinite where a sample failed."""
         num, *dims = self.init.shape
-        options = dict(num=num, cond=self.cond, init=self.init, dtype=self.init.dtype)
-        run = sample(None, self.denoiser, tuple(dims), solver=solver, ts=ts, **options)  # type: ignore[arg-type]
+        dtype = self.init.dtype
+        solve = sampler(self.denoiser, tuple(dims), solver=solver, ts=ts, dtype=dtype)
+        run = sample(None, solve, num=num, cond=self.cond, init=self.init)
         value = float(jnp.sqrt(jnp.mean((run.x - self.target) ** 2)))
         return value if np.isfinite(value) else np.inf
 
@@ -476,6 +478,7 @@ def distance(
         ValueError: as `sample`.
         RuntimeError: if a fine solve failed.
     """
-    run = sample(key, denoiser, shape, num=num, solver=solver, ts=ts, cond=cond, trajectory=True)
+    solve = sampler(denoiser, shape, solver=solver, ts=ts, trajectory=True)
+    run = sample(key, solve, num=num, cond=cond)
     path = check(run).aux["trajectory"]
     return Distance(denoiser, path[:, 0], run.x, cond)

@@ -19,16 +19,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact, streaming
+from jaxdiff._mesh import devices_of
 from jaxdiff._types import Scalar, time_dtype
 from jaxdiff.process import AbstractProcess
-from jaxdiff.shard.mesh import axis_size
 
 
 class ShardedEmpirical(exact.Empirical):
     """An `exact.Empirical` whose chunks of atoms are sharded over an axis of a mesh.
 
     Build it with `shard.empirical`. Goes wherever an exact denoiser goes, in `jit`, `vmap`, `grad`,
-    and in `shard.sample` over another axis of the same mesh.
+    and in `jaxdiff.sample` on another axis of the same mesh.
 
     Attributes:
         mesh: the mesh that the atoms lie on.
@@ -80,12 +80,11 @@ def _centre(atoms: Array, log_weights: Array) -> tuple[Array, Array]:
 
 
 def empirical(
-    mesh: Mesh,
     process: AbstractProcess,
     data: Float[ArrayLike, "n *dims"] | Sequence[Any] | Any,
     weights: Float[ArrayLike, " n"] | Sequence[Any] | None = None,
     *,
-    axis: str = "data",
+    on: Mesh | NamedSharding,
     chunk: int = 1024,
 ) -> ShardedEmpirical:
     r"""Build the exact denoiser of a data set, sharded over an axis of a mesh.
@@ -94,18 +93,19 @@ def empirical(
     many processes each reads its part of `data`, which may be a `numpy.memmap`.
 
     Args:
-        mesh: with `AxisType.Auto` axes.
         process: the Gaussian path.
         data: atoms $y_i$, (N, *dims): an array, or anything of NumPy's `shape`, `dtype`, slices.
         weights: $p_i$, (N,), not negative; equal by default.
-        axis: name of the axis of the mesh that shares the atoms.
+        on: `NamedSharding(mesh, P("data"))` for an axis of the mesh that shares the atoms; or a mesh,
+            as for `jaxdiff.sample`.
         chunk: atoms per step of the streamed pass.
 
     Raises:
-        ValueError: as `exact.empirical`, and if `axis` is not of the mesh.
+        ValueError: as `exact.empirical`, and if `on` will not do.
     """
     where = "shard.empirical"
-    size = axis_size(where, mesh, axis)
+    mesh, axis = devices_of(where, on)
+    size = mesh.shape[axis]
     _check.whole(where, "chunk", chunk, 1)
     if not isinstance(process, AbstractProcess):
         raise _check.bad(where, "process", "a jaxdiff process", type(process).__name__)

@@ -7,7 +7,6 @@ compiler, so that a network whose parameters are sharded over them runs sharded.
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -17,23 +16,37 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from jaxdiff import _check
-from jaxdiff.batching import chunks, run_chunks
 
 
-def axis_size(where: str, mesh: Any, axis: Any) -> int:
-    """Return the number of devices along an axis, or raise if they cannot share samples."""
-    if not isinstance(mesh, Mesh):
+def devices_of(where: str, on: Any) -> tuple[Mesh, str]:
+    """Return a mesh and the axis of it that shares samples, or raise if they cannot be shared.
+
+    The axis is that of a `NamedSharding(mesh, P("rows"))`; of a mesh it is `"batch"`, or the only
+    one that there is.
+    """
+    if isinstance(on, NamedSharding):
+        mesh, axis = on.mesh, on.spec[0] if len(on.spec) == 1 else None
+        if not isinstance(mesh, Mesh) or not isinstance(axis, str):
+            expected = "sharded over one axis of a mesh, as NamedSharding(mesh, P('rows'))"
+            raise _check.bad(where, "on", expected, repr(on))
+    elif isinstance(on, Mesh):
+        mesh = on
+        axis = "batch" if "batch" in mesh.axis_names else mesh.axis_names[0]
+        if axis != "batch" and len(mesh.axis_names) > 1:
+            expected = "a mesh with an axis 'batch', or NamedSharding(mesh, P(axis))"
+            raise _check.bad(where, "on", expected, f"a mesh with axes {mesh.axis_names}")
+    else:
         expected = "a jax.sharding.Mesh, as jax.make_mesh((jax.device_count(),), ('batch',))"
-        raise _check.bad(where, "mesh", expected, repr(mesh))
-    if axis not in mesh.axis_names:
-        raise _check.bad(where, "axis", f"one of {mesh.axis_names}, the axes of the mesh", axis)
+        raise _check.bad(where, "on", expected, repr(on))
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        expected = "one whose axes are jax.sharding.AxisType.Auto: make_mesh(..., axis_types=...)"
-        raise _check.bad(where, "mesh", expected, f"axis types {mesh.axis_types}")
-    return mesh.shape[axis]
+        expected = (
+            "a mesh whose axes are jax.sharding.AxisType.Auto: make_mesh(..., axis_types=...)"
+        )
+        raise _check.bad(where, "on", expected, f"axis types {mesh.axis_types}")
+    return mesh, axis
 
 
 def block(where: str, num: int, size: int) -> int:
@@ -69,31 +82,25 @@ def place(mesh: Mesh, tree: PyTree, spec: P) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-@eqx.filter_jit
-def _run(
-    mesh: Mesh, axis: str, n: int, rows: Array, one: Any, key: Any, each: Any, start: Any
-) -> Any:
-    """Run the rows of its block on every device; `n` is the size of the block."""
-    shared, static = eqx.partition((one, key, start), eqx.is_array)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pick(mesh: Mesh, axis: str, tree: PyTree, rows: Any) -> PyTree:
+    """Return some rows of every device's block, the same ones of each."""
 
-    def device(index: Array, rows: Array, shared: Any, each: tuple[Any, ...]) -> Any:
-        one, key, start = eqx.combine(shared, static)
-        return run_chunks(rows, one, key, each, start + index[0])
+    def device(tree: PyTree, rows: Any) -> PyTree:
+        return jax.tree.map(lambda a: a[rows], tree)
 
-    own = P(axis)
-    index = jnp.arange(mesh.shape[axis], dtype=jnp.uint32) * np.uint32(n)
     return jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(own, P(), P(), own),
-        out_specs=own,
+        in_specs=(P(axis), P()),
+        out_specs=P(axis),
         axis_names={axis},
         check_vma=False,
-    )(index, rows, shared, each)
+    )(tree, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _join(mesh: Mesh, axis: str, n: int, pieces: list[Any]) -> Any:
+def join(mesh: Mesh, axis: str, n: int, pieces: list[Any]) -> Any:
     """Put the pieces of every device's block together, on the device."""
 
     def device(pieces: list[Any]) -> Any:
@@ -104,44 +111,10 @@ def _join(mesh: Mesh, axis: str, n: int, pieces: list[Any]) -> Any:
     )(pieces)
 
 
-def many(
-    where: str,
-    mesh: Mesh,
-    axis: str,
-    one: Callable[..., Any],
-    key: PRNGKeyArray | None,
-    *each: Any,
-    num: int,
-    start: Any = 0,
-    chunk: int | None = None,
-    progress: bool = False,
-) -> Any:
-    """Run `one(fold_in(key, i), *each_i)` for `num` indices on the devices of a mesh.
-
-    As `batching.many`, of which every device runs one; `chunk` is per device.
-    """
-    n = block(where, num, axis_size(where, mesh, axis))
-    rows: Any = chunks(where, n, chunk)
-    exact = rows.size == n
-    one, key, start = place(mesh, (one, key, _check.start(start)), P())
-    each = place(mesh, each, P(axis))
-    if progress:
-        from tqdm.auto import tqdm
-
-        rows = tqdm(rows[:, None], desc=where, unit="chunk")
-    else:
-        rows = [rows]
-    pieces = []
-    with _nothing_but(mesh):
-        for part in rows:
-            pieces.append(_run(mesh, axis, n, place(mesh, part, P()), one, key, each, start))
-            if progress:
-                jax.block_until_ready(pieces[-1])
-        return pieces[0] if len(pieces) == 1 and exact else _join(mesh, axis, n, pieces)
-
-
-def _nothing_but(mesh: Mesh) -> Any:
+def nothing_but(mesh: Mesh | None) -> Any:
     """Return a context without another mesh that the caller may be in."""
+    if mesh is None:
+        return contextlib.nullcontext()
     ambient = jax.sharding.get_abstract_mesh()
     foreign = not ambient.empty and ambient != mesh.abstract_mesh
     return jax.set_mesh(mesh) if foreign else contextlib.nullcontext()
@@ -153,7 +126,7 @@ def gather(tree: PyTree) -> PyTree:
     Cost: one all-gather of every array where there are many processes, else a copy.
 
     Args:
-        tree: a result of `shard.sample` or any other pytree of arrays.
+        tree: a result of `sample(..., on=mesh)` or any other pytree of arrays.
 
     Returns:
         The same pytree with NumPy leaves.

@@ -6,34 +6,30 @@ the key and its index, all made by one program of one width: so what is in it do
 which run made it. A file appears whole or not at all.
 """
 
-import functools
 import hashlib
 import json
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Real
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from jaxdiff import _check, batching
+from jaxdiff import _check
+from jaxdiff import _mesh as meshes
+from jaxdiff._many import admit, sample
+from jaxdiff._sampler import Sampler, Samples
 from jaxdiff._types import Cond, host_device
-from jaxdiff.sampling import Samples, plan_samples
-from jaxdiff.score import AbstractDenoiser
-from jaxdiff.shard import mesh as meshes
-from jaxdiff.solvers.plan import Engine, Options
 from jaxdiff.solvers.reversible import Inverted
-from jaxdiff.solvers.terms import ClockName
 
-_WHERE = "shard.sample_to"
+_WHERE = "sample_to"
 
 
 def _digest(tree: PyTree) -> str:
@@ -118,104 +114,76 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def sample_to(
-    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     key: PRNGKeyArray | None,
-    denoiser: AbstractDenoiser,
-    shape: tuple[int, ...],
+    sampler: Sampler,
     *,
     num: int,
-    solver: dfx.AbstractSolver,
-    ts: Real[ArrayLike, " nodes"] | Sequence[Any],
     per_file: int = 1024,
-    mesh: Mesh | None = None,
-    axis: str = "batch",
     cond: Cond = None,
     init: Float[Any, "num *dims"] | Inverted | None = None,
     start: int = 0,
     chunk: int | None = None,
+    on: Mesh | NamedSharding | None = None,
     progress: bool = True,
-    denoise: bool = False,
-    trajectory: bool = False,
-    engine: Engine | None = None,
-    equation: Literal["ode", "sde"] | None = None,
-    clock: ClockName | None = None,
-    controller: dfx.AbstractStepSizeController | None = None,
-    adjoint: dfx.AbstractAdjoint | None = None,
-    max_steps: int = 4096,
-    dtype: Any = None,
 ) -> Path:
-    """Write the samples of `jaxdiff.sample` to a folder, file by file; go on if some are there.
+    """Write the samples of `sample` to a folder, file by file; go on if some are there.
 
     Call it again with the same arguments after a kill at any moment: files that are there and whole
     are kept, a damaged one is named in a warning and made again. The files are bitwise those of one
-    uninterrupted run on the same machine. `shard.read` brings them back.
+    uninterrupted run on the same machine. `jd.read` brings them back.
 
     With many processes, each calls this with its own devices, and makes every so-many-th file;
     nothing is exchanged. The folder must be one that all of them see.
 
     Args:
-        path: folder, made if it is not there.
-        key: as for `jaxdiff.sample`, as are all arguments that are not named here.
-        denoiser: what to sample from.
-        shape: shape of one sample, `(*dims,)`.
+        folder: made if it is not there.
+        key: as for `sample`, as are all arguments that are not named here.
+        sampler: a prepared solve.
         num: how many samples, in all.
-        solver: as in `draw`.
-        ts: as in `draw`.
-        per_file: samples per file; with a mesh, a multiple of the size of `axis`.
-        mesh: local devices to use, as in `shard.sample`; one device by default.
-        axis: as in `shard.sample`.
+        per_file: samples per file; on a mesh, a multiple of its devices.
         cond: conditions, every leaf with leading axis `num`.
-        init: starting states, (num, *dims), or a vectorised `Inverted`.
+        init: what to start from, (num, *dims), or a vectorised inversion.
         start: index of the first sample.
         chunk: samples per vectorised program and device; all of a file by default.
-        progress: show a bar over the files of this process.
-        denoise: as in `draw`.
-        trajectory: as in `draw`.
-        engine: as in `draw`.
-        equation: as in `draw`.
-        clock: as in `draw`.
-        controller: as in `draw`.
-        adjoint: as in `draw`.
-        max_steps: as in `draw`.
-        dtype: as in `draw`.
+        on: a mesh of local devices; one device by default.
+        progress: show a bar over the files of this process (needs tqdm).
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: as `jaxdiff.sample`; if the folder was made with other settings, or is not one
-            of this function; if the mesh has devices of other processes.
+        ValueError: as `sample`; if the folder was made with other settings, or is not one of this
+            function; if the mesh has devices of other processes.
     """
     _check.whole(_WHERE, "per_file", per_file, 1)
     _check.whole(_WHERE, "start", start, 0)
-    options = Options(denoise, trajectory, engine, equation, clock, controller, adjoint, max_steps)
-    one, key, each = plan_samples(
-        _WHERE, key, denoiser, shape, num, solver, ts, cond, init, dtype, options
-    )
-    run, size = functools.partial(batching.many, _WHERE), 1
-    if mesh is not None:
-        size = meshes.axis_size(_WHERE, mesh, axis)
+    key, each = admit(_WHERE, key, sampler, num, cond, init)
+    size, placed = 1, sampler
+    if on is not None:
+        mesh, axis = meshes.devices_of(_WHERE, on)
+        size = mesh.shape[axis]
         if per_file % size:
             raise _check.bad(_WHERE, "per_file", f"a multiple of the {size} devices", per_file)
         if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
-            expected = "one of this process's own devices: each process makes files of its own"
-            raise _check.bad(_WHERE, "mesh", expected, "one that spans processes")
-        one = meshes.place(mesh, one, PartitionSpec())
-        run = functools.partial(meshes.many, _WHERE, mesh, axis)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+            expected = "of this process's own devices: each process makes files of its own"
+            raise _check.bad(_WHERE, "on", expected, "one that spans processes")
+        placed = meshes.place(mesh, sampler, PartitionSpec())
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        num=num, start=start, per_file=per_file, chunk=chunk, devices=size, shape=list(shape),
-        solver=eqx.tree_pformat(solver), digest=_digest((one, key, each)),
+        num=num, start=start, per_file=per_file, chunk=chunk, devices=size,
+        shape=list(sampler.solve.start.shape), solve=eqx.tree_pformat(sampler.solve),
+        digest=_digest((sampler, key, each)),
     )  # fmt: skip
-    _agree(folder, settings)
+    _agree(path, settings)
     files: Any = range(jax.process_index(), -(-num // per_file), jax.process_count())
     if progress:
         from tqdm.auto import tqdm
 
         files = tqdm(files, desc=_WHERE, unit="file")
     for k in files:
-        file, first = folder / f"{k:06d}.npz", k * per_file
+        file, first = path / f"{k:06d}.npz", k * per_file
         rows = min(per_file, num - first)
         if file.exists():
             found = _load(file, rows)
@@ -223,10 +191,10 @@ def sample_to(
                 continue
             warnings.warn(f"{_WHERE}: {file} is damaged and is made again ({found})", stacklevel=2)
         picked = np.minimum(np.arange(first, first + per_file), num - 1)  # one width for all files
-        own = jax.tree.map(lambda a, picked=picked: a[picked], each)
-        samples = run(one, key, *own, num=per_file, start=start + first, chunk=chunk)
-        _write(file, _arrays(samples, rows))
-    return folder
+        cond, init = jax.tree.map(lambda a, picked=picked: a[picked], each)
+        own = dict(num=per_file, cond=cond, init=init, start=start + first, chunk=chunk, on=on)
+        _write(file, _arrays(sample(key, placed, **own), rows))
+    return path
 
 
 def read(path: str | os.PathLike[str]) -> Samples:
@@ -245,9 +213,7 @@ def read(path: str | os.PathLike[str]) -> Samples:
     try:
         settings = json.loads((folder / "settings.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise _check.bad(
-            "shard.read", "path", "a folder of sample_to", f"{folder}: {error}"
-        ) from None
+        raise _check.bad("read", "path", "a folder of sample_to", f"{folder}: {error}") from None
     num, per_file = settings["num"], settings["per_file"]
     parts, wrong = [], []
     for k in range(-(-num // per_file)):
@@ -257,7 +223,7 @@ def read(path: str | os.PathLike[str]) -> Samples:
         parts += [] if isinstance(found, str) else [found]
     if wrong:
         expected = f"complete; call sample_to again to make what is missing of {folder}"
-        raise _check.bad("shard.read", "path", expected, ", ".join(wrong))
+        raise _check.bad("read", "path", expected, ", ".join(wrong))
     with jax.default_device(host_device()):
         whole = {
             name: jnp.asarray(np.concatenate([part[name] for part in parts])) for name in parts[0]

@@ -29,6 +29,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact, grids
+from jaxdiff._loop import over_steps
+from jaxdiff._passengers import At, Ride, Road, ride, road
+from jaxdiff._status import or_nan, status
 from jaxdiff._types import INIT, Cond, Scalar, host64, is_concrete, stream, time_dtype
 from jaxdiff.fisher.operators import posterior_cov
 from jaxdiff.process import AbstractProcess
@@ -65,81 +68,41 @@ def _columns(
     return denoiser.process.snr(t) * product(A)
 
 
-class _Field(eqx.Module):
-    r"""The flow in clock $\lambda$: $y = x/\sqrt{\alpha^2 + \sigma^2}$ beside $\tilde A$."""
+class _Jacobian(eqx.Module):
+    r"""The passenger $\tilde A$, driven by $R\tilde A$."""
 
     denoiser: AbstractDenoiser
     cond: Cond
     method: Method | None = eqx.field(static=True)
 
-    def __call__(self, lam: Any, state: tuple[Array, Array], args: Any) -> tuple[Array, Array]:
-        y, A = state
-        process = self.denoiser.process
-        t = process.t_of_lam(lam)
-        alpha, sigma = process.alpha(t), process.sigma(t)
-        scale = jnp.hypot(alpha, sigma)
-        x = (scale * y).astype(y.dtype)
-        m, eps = self.denoiser.pair(t, x, self.cond)
-        slope = (sigma * m - alpha * eps) * alpha * sigma / scale**3
-        turned = _columns(self.denoiser, t, x, self.cond, self.method, A)
-        return slope.astype(y.dtype), turned.astype(A.dtype)
-
-
-def _ends(process: AbstractProcess, ts: Any) -> tuple[Any, Any, Any]:
-    """Return lam at the nodes, and the scales of state and Jacobian at both ends."""
-    alpha, sigma = jax.vmap(lambda t: (process.alpha(t), process.sigma(t)))(ts)
-    scale = jnp.hypot(alpha, sigma)
-    return jax.vmap(process.lam)(ts), scale, sigma
+    def __call__(self, at: At, A: Array) -> tuple[Array, Array, Array]:
+        m, eps = self.denoiser.pair(at.t, at.x, self.cond)
+        return m, eps, _columns(self.denoiser, at.t, at.x, self.cond, self.method, A)
 
 
 def _finish(x: Array, jacobian: Array, result: Any, dtype: Any) -> Flow:
-    finite = jnp.all(jnp.isfinite(x)) & jnp.all(jnp.isfinite(jacobian))
-    nonfinite: Any = dfx.RESULTS.nonfinite
-    result = dfx.RESULTS.where((result == dfx.RESULTS.successful) & ~finite, nonfinite, result)
-    good = result == dfx.RESULTS.successful
-    x, jacobian = jnp.where(good, x, jnp.nan), jnp.where(good, jacobian, jnp.nan)
-    return Flow(x.astype(dtype), jacobian, result)
+    result = status(result, x, jacobian)
+    return Flow(or_nan(result, x).astype(dtype), or_nan(result, jacobian), result)
 
 
 @eqx.filter_jit
-def _integrate(
-    field: _Field, x: Array, plan: Any, solver: Any, controller: Any, max_steps: int
-) -> Flow:
+def _integrate(passenger: _Jacobian, x: Array, path: Road) -> Flow:
     wide = time_dtype(x.dtype)
-    lam, scale, sigma = jax.tree.map(lambda a: jnp.asarray(a, wide), plan)
-    if controller is None:
-        controller, max_steps = dfx.StepTo(lam), lam.shape[0] - 1
-        adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=max_steps)
-    else:
-        adjoint = dfx.RecursiveCheckpointAdjoint()
-    solution = dfx.diffeqsolve(
-        dfx.ODETerm(field),  # type: ignore[reportArgumentType]
-        solver,
-        lam[0],
-        lam[-1],
-        None,
-        ((x / scale[0]).astype(wide), jnp.eye(x.size, dtype=wide)),
-        saveat=dfx.SaveAt(t1=True),
-        stepsize_controller=controller,
-        adjoint=adjoint,
-        max_steps=max_steps,
-        throw=False,
-    )
-    ys: Any = solution.ys
-    y, A = (a[-1] for a in ys)
-    return _finish(scale[-1] * y, sigma[-1] / sigma[0] * A, solution.result, x.dtype)
+    path = path.cast(wide)
+    field = Ride(passenger.denoiser.process, passenger)
+    start = ((x / path.scales[0]).astype(wide), jnp.eye(x.size, dtype=wide))
+    (y, A), _, result, _ = ride(path, field, start)
+    jacobian = path.sigmas[-1] / path.sigmas[0] * A
+    return _finish(path.scales[-1] * y, jacobian, result, x.dtype)
 
 
-def _start(
-    where: str, denoiser: Any, x: Any, ts: Any, method: Any
-) -> tuple[Array, Float[Array | np.ndarray, " nodes"]]:
-    """Check what both maps share, and return the starting point and the nodes."""
+def _start(where: str, denoiser: Any, x: Any, method: Any) -> Array:
+    """Check what both maps share, and return the starting point."""
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
     closed = ("exact",) if isinstance(denoiser, exact.AbstractExact) else ()
     _check.choice(where, "method", method, (None, "jvp", "fd", *closed))
-    x = floating(x)
-    return x, grids.check(denoiser.process, ts, where=where, dtype=time_dtype(x.dtype))
+    return floating(x)
 
 
 def _finite(where: str, argument: str, t: Any, lam: Any) -> None:
@@ -198,17 +161,9 @@ def flow_jacobian(
         True
     """
     where = "flow_jacobian"
-    x, ts = _start(where, denoiser, x, ts, method)
-    solver = dfx.Tsit5() if solver is None else solver
-    if not isinstance(solver, dfx.AbstractSolver):
-        raise _check.bad(where, "solver", "a diffrax solver, as Tsit5()", repr(solver))
-    if not isinstance(controller, dfx.AbstractStepSizeController | None):
-        raise _check.bad(where, "controller", "a diffrax step-size controller", repr(controller))
-    _check.whole(where, "max_steps", max_steps, 1)
-    plan = host64(_ends, denoiser.process, ts)
-    _finite(where, "ts[0]", ts[0], plan[0][0])
-    _finite(where, "ts[-1]", ts[-1], plan[0][-1])
-    return _integrate(_Field(denoiser, cond, method), x, plan, solver, controller, max_steps)
+    x = _start(where, denoiser, x, method)
+    path = road(where, denoiser, ts, solver, controller, None, max_steps, dtype=time_dtype(x.dtype))
+    return _integrate(_Jacobian(denoiser, cond, method), x, path)
 
 
 def _rows(process: AbstractProcess, ts: Any) -> tuple[Any, ...]:
@@ -229,20 +184,21 @@ def _discrete(
 ) -> Flow:
     dtype, wide = x.dtype, time_dtype(x.dtype)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a gradient keeps states, not networks
-    def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[Any, None]:
+    rows = jax.tree.map(lambda a: jnp.asarray(a, wide), nodes)
+
+    def step(n: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         x, A = carry
-        t, alpha1, sigma1, ratio, h, drift, rate = row
+        t, alpha1, sigma1, ratio, h, drift, rate = jax.tree.map(lambda a: a[n], rows)
         m, eps = denoiser.pair(t, x, cond)
         RA = _columns(denoiser, t, x, cond, method, A)
         if rule == "ddim":
             A = ratio * (jnp.exp(-h) * A - jnp.expm1(-h) * RA)
         else:
             A = A + drift * A + sign * rate * (A - RA)
-        return ((alpha1 * m + sigma1 * eps).astype(wide), A.astype(wide)), None
+        return (alpha1 * m + sigma1 * eps).astype(wide), A.astype(wide)
 
-    nodes = jax.tree.map(lambda a: jnp.asarray(a, wide), nodes)
-    x, A = jax.lax.scan(step, (x.astype(wide), jnp.eye(x.size, dtype=wide)), nodes)[0]
+    start = (x.astype(wide), jnp.eye(x.size, dtype=wide))
+    (x, A), _ = over_steps(step, start, 0, len(rows[0]))
     return _finish(x, A, dfx.RESULTS.successful, dtype)
 
 
@@ -293,7 +249,8 @@ def ddim_jacobian(
     where = "ddim_jacobian"
     _check.choice(where, "rule", rule, ("ddim", "euler"))
     _check.choice(where, "sign", sign, (1, -1) if rule == "euler" else (1,))
-    x, ts = _start(where, denoiser, x, ts, method)
+    x = _start(where, denoiser, x, method)
+    ts = grids.check(denoiser.process, ts, where=where, dtype=time_dtype(x.dtype))
     lam, rows = host64(_rows, denoiser.process, ts)
     _finite(where, "ts[0]", ts[0], lam)
     return _discrete(denoiser, x, (ts[:-1], *rows), cond, rule, sign, method)

@@ -1,8 +1,9 @@
-r"""What a gradient along a sampling path is made of: the loss and products with the Jacobian.
+r"""Pullbacks through a denoiser: products with its Jacobian, exact or by a model of it.
 
 Notation: $L$ is a loss on the end point $y$ of a sampling path, $\ell(t) = \partial L/\partial x_t$,
 $m = E[x_0 | x_t]$, $C = Cov[x_0 | x_t]$, $R = (\alpha/\sigma)^2 C$, $\lambda = \log(\alpha/\sigma)$.
-A DDIM step is $x' = d\,x + w\,m(t, x)$, so the gradient runs back along it by
+A step is linear in the state and in outputs of the network. That of DDIM is
+$x' = d\,x + w\,m(t, x)$, so the gradient runs back along it by
 
 $$ \ell = d\,\ell' + w\left(\frac{\partial m}{\partial x}\right)^{\!\top}\ell', \qquad
    \frac{\partial m}{\partial x} = \frac{\alpha}{\sigma^2}\,C , $$
@@ -23,51 +24,31 @@ cancelled: the posterior covariance is all that an approximation can get right o
 | `"none"` | $C = 0$: the gradient is scaled by $\sigma'/\sigma$ | none |
 
 A true posterior has a symmetric Jacobian, a learned network has not, and there the cosine between
-`"jvp"` and `"vjp"` is a diagnostic. The states are kept, (nodes, *dims), and the activations of one
-network evaluation at a time; `continuous_gradient` keeps no states either.
+`"jvp"` and `"vjp"` is a diagnostic.
 """  # noqa: E501
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import PROBES, Cond, Scalar, stream
+from jaxdiff._types import PROBES, Cond, ScalarLike, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
 from jaxdiff.fisher.operators import difference_step, posterior_cov
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
-from jaxdiff.sampling import Samples
-from jaxdiff.score import AbstractDenoiser
+from jaxdiff.process import AbstractProcess
+from jaxdiff.score import AbstractDenoiser, floating
 
 Loss: TypeAlias = Callable[[Any], Any]
 CovName: TypeAlias = Literal[
     "vjp", "jvp", "fd", "exact", "isotropic", "gated", "centred", "endpoint", "none"
 ]
 Cov: TypeAlias = CovName | Callable[[Any, Any, Any, Any], lx.AbstractLinearOperator]
-
-
-class Gradient(eqx.Module):
-    """The result of `terminal_gradient` and `continuous_gradient`; NaN where the solve failed.
-
-    Attributes:
-        value: the loss at the end point, ().
-        grad: its gradient with respect to the starting noise, (*dims,).
-        sample: the end point with its status, as from `draw`; `jaxdiff.check(out.sample)` raises
-            if the path or its gradient failed. Its `nfe` leaves out the products of the way back.
-        grads: the gradients with respect to the states of `sample.aux["trajectory"]`,
-            (nodes, *dims), if they were asked for.
-    """
-
-    value: Scalar
-    grad: Float[Array, "*dims"]
-    sample: Samples
-    grads: Float[Array, "nodes *dims"] | None = None
 
 
 class _Node(NamedTuple):
@@ -129,7 +110,7 @@ def _by_trace(model: Callable[[_Node, Array, Array], lx.AbstractLinearOperator])
     """Make a rule of a model of C from a node, m and r: both from one evaluation."""
 
     def rule(at: _Node, m: Array | None, ell: Array) -> tuple[Array, Array]:
-        assert at.trace is not None  # by make_problem
+        assert at.trace is not None  # by pullback
         m, _, values = at.trace(at.denoiser, at.t, at.x, at.cond, at.key)
         return m, _scaled(at, model(at, m, jnp.mean(values)), ell)
 
@@ -154,67 +135,135 @@ _RULES: dict[str, _Rule] = {
 _TRACED = ("isotropic", "gated")  # those that need r
 
 
-class Problem(eqx.Module):
-    """The arguments that do not change along the path, and the two maps made of them."""
+_ENDED = ("gated", "centred", "endpoint")  # those that look at the end point
 
-    denoiser: AbstractDenoiser
-    loss: Loss
-    cond: Cond
+
+class Pullback(eqx.Module):
+    """A rule for products with the transposed Jacobian of the denoiser, and what it needs.
+
+    Attributes:
+        cov: a name of the module's table, or a callable `(t, x, m, y) -> operator`.
+        trace: an estimator, for `"isotropic"` and `"gated"`.
+        key: of its probes, or None.
+    """
+
     cov: Any
     trace: AbstractTrace | None
     key: PRNGKeyArray | None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the end point of the path must be known."""
+        return callable(self.cov) or self.cov in _ENDED
+
     def product(
-        self, i: Any, t: Any, x: Array, m: Array | None, y: Array, ell: Array
+        self, denoiser: Any, t: Any, x: Array, cond: Cond, m: Any, y: Any, ell: Array, key: Any
     ) -> tuple[Array, Array]:
-        r"""Return $m$ and $(\partial m/\partial x)^\top\ell$ at step `i`."""
-        key = None if self.key is None else stream(self.key, i)
-        at = _Node(self.denoiser, self.cond, self.trace, key, t, x, y)
+        r"""Return $m$, if it is not given, and $(\partial m/\partial x)^\top\ell$ at a state."""
+        at = _Node(denoiser, cond, self.trace, key, t, x, y)
         if isinstance(self.cov, str):
             return _RULES[self.cov](at, m, ell)
         return _by_cov(lambda at, m: self.cov(at.t, at.x, m, at.y))(at, m, ell)
 
-    def scalar(self, y: Array) -> Array:
-        """Return the loss, or raise ValueError if it is not one floating number."""
-        value = jnp.asarray(self.loss(y))
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            got = f"{value.dtype}{list(value.shape)}"
-            raise _check.bad("adjoint", "the value of loss", "one floating number, ()", got)
-        return value
 
+def pullback(where: str, denoiser: Any, cov: Any, trace: Any, key: Any) -> Pullback:
+    """Check the arguments that make a rule.
 
-def status(*values: Array) -> Any:
-    """Return the diffrax result that says whether all values are finite."""
-    good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in values]))
-    nonfinite: Any = dfx.RESULTS.nonfinite
-    return dfx.RESULTS.where(good, dfx.RESULTS.successful, nonfinite)
-
-
-def or_nan(result: Any, value: Array) -> Array:
-    """Return `value` where the result is a success."""
-    return jnp.where(result == dfx.RESULTS.successful, value, jnp.nan)
-
-
-def make_problem(
-    where: str, denoiser: Any, loss: Any, cond: Any, cov: Any, trace: Any, key: Any
-) -> Problem:
-    """Check the arguments that all functions of the package share, and bind them."""
+    Raises:
+        ValueError: naming the first that is wrong.
+    """
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    if not callable(loss):
-        raise _check.bad(where, "loss", "callable as loss(x) -> ()", repr(loss))
     if not callable(cov):
         _check.choice(where, "cov", cov, _RULES)
     if cov == "exact" and not isinstance(denoiser, exact.AbstractExact):
         expected = "'vjp', 'jvp' or 'fd', since this denoiser has no closed form"
         raise _check.bad(where, "cov", expected, repr(cov))
+    probes = None
     if isinstance(cov, str) and cov in _TRACED:
         trace = ExactTrace() if trace is None else trace
         if not isinstance(trace, AbstractTrace):
             raise _check.bad(where, "trace", "a trace estimator, as Hutchinson()", repr(trace))
-        key = stream(_check.key(where, "key", key), PROBES) if trace.stochastic else None
+        if trace.stochastic:
+            probes = stream(_check.key(where, "key", key), PROBES)
     elif trace is not None:
         raise _check.bad(where, "trace", f"left out for cov={cov!r}", repr(trace))
-    else:
-        key = None
-    return Problem(denoiser, loss, cond, cov, trace, key)
+    return Pullback(cov, trace, probes)
+
+
+class WithCov(AbstractDenoiser):
+    r"""A denoiser whose derivative by the state is that of a model of the posterior covariance.
+
+    $$ \frac{\partial m}{\partial x} = \frac{\alpha}{\sigma^2}\,C $$
+
+    Its values are those of `denoiser`. Reverse mode pulls covectors back by the rule of the
+    module's table; so the gradient of any sampler, likelihood or loss through it is the gradient
+    with that model of C. Derivatives reach the state only: to the denoiser itself, its parameters
+    among them, and to time and condition they are 0. Reverse mode only.
+
+    Attributes:
+        denoiser: the denoiser.
+        rule: how products with the Jacobian are made.
+        end: the end point of the path for rules that look at it, (*dims,); None for others.
+    """
+
+    denoiser: AbstractDenoiser
+    rule: Pullback
+    end: Any = None
+
+    @property
+    def process(self) -> AbstractProcess:  # type: ignore[override]
+        """Of the denoiser."""
+        return self.denoiser.process
+
+    def pair(
+        self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
+    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
+        r"""Return $(m, \hat\epsilon)$."""
+        rest = (self.denoiser, self.rule, self.end, jnp.asarray(t), cond)
+        hold = lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a  # noqa: E731
+        return _pair(floating(x), *jax.tree.map(hold, rest))
+
+
+@eqx.filter_custom_vjp
+def _pair(x: Array, denoiser: Any, rule: Any, end: Any, t: Any, cond: Any) -> Any:
+    return denoiser.pair(t, x, cond)
+
+
+@_pair.def_fwd
+def _pair_fwd(perturbed: Any, x: Array, denoiser: Any, rule: Any, end: Any, t: Any, cond: Any):
+    m, eps = denoiser.pair(t, x, cond)
+    return (m, eps), m
+
+
+@_pair.def_bwd
+def _pair_bwd(
+    m: Array, grads: Any, perturbed: Any, x: Array, denoiser: Any, rule: Any, end: Any, t: Any,
+    cond: Any,
+) -> Any:  # fmt: skip
+    of_m, of_eps = (jnp.zeros_like(x) if grad is None else grad for grad in grads)
+    alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
+    # eps = (x - alpha m) / sigma
+    here = jnp.where(sigma > 0, sigma, 1.0)
+    ell = (of_m - alpha / here * of_eps).astype(x.dtype)
+    key = None
+    if rule.key is not None:  # its own probes at every time
+        bits = jax.lax.bitcast_convert_type(t.astype(jnp.float32), jnp.uint32)
+        key = stream(rule.key, bits)
+    product = rule.product(denoiser, t, x, cond, m, end, ell, key)[1]
+    return (of_eps / here + product).astype(x.dtype)
+
+
+def scalar(loss: Loss, y: Array) -> Array:
+    """Return a loss, or raise ValueError if it is not one floating number."""
+    value = jnp.asarray(loss(y))
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        got = f"{value.dtype}{list(value.shape)}"
+        raise _check.bad("adjoint", "the value of loss", "one floating number, ()", got)
+    return value
+
+
+def is_loss(where: str, loss: Any) -> None:
+    """Raise ValueError if a loss cannot be called."""
+    if not callable(loss):
+        raise _check.bad(where, "loss", "callable as loss(x) -> ()", repr(loss))

@@ -1,0 +1,29 @@
+"""The one loop over the steps of a solve."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def over_steps(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    first: int,
+    stop: int,
+    see: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, Any]:
+    """Return the state after `step(n, state)` for n from `first` to `stop - 1`, and what is seen.
+
+    `see(n, state)` looks at the state at every node after the first. A derivative keeps the
+    states, and the activations of one network evaluation at a time.
+    """
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(state: Any, n: Any) -> tuple[Any, Any]:
+        state = step(n, state)
+        return state, None if see is None else see(n + 1, state)
+
+    return jax.lax.scan(body, state, jnp.arange(first, stop))

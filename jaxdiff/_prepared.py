@@ -1,0 +1,117 @@
+"""Prepared pure functions: decided once, compiled once, called at the price of a dispatch.
+
+A prepared function is a pytree. Its arrays are arguments of the compiled program, so that new
+parameters of a network compile nothing; all the rest (shapes, names, Python numbers) is fixed in
+it. What can be known of an instance is found out at its first call and kept beside it, not in it: a
+pytree holds nothing but its fields.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer, eval_context
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+_NUMBERS = (*_ARRAYS, int, float, complex)
+
+
+class _Split(NamedTuple):
+    """A pytree in two: its arrays, and what a program of it is compiled for.
+
+    `fixed` has the type and the value of every other leaf (1, 1.0 and True are not the same), and
+    None where an array was.
+    """
+
+    arrays: list[Any]
+    tree: Any
+    fixed: tuple[tuple[type, Any] | None, ...]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, _NUMBERS) and leaf.__class__ is not bool
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, _ARRAYS)
+
+
+def _split(value: Any, is_dynamic: Callable[[Any], bool]) -> _Split:
+    leaves, tree = jax.tree.flatten(value)
+    dynamic = list(map(is_dynamic, leaves))
+    arrays = [leaf for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
+    pairs = zip(leaves, dynamic, strict=True)
+    return _Split(arrays, tree, tuple(None if d else (type(leaf), leaf) for leaf, d in pairs))
+
+
+def _join(arrays: list[Any], tree: Any, fixed: tuple[Any, ...]) -> Any:
+    given = iter(arrays)
+    return jax.tree.unflatten(tree, [next(given) if leaf is None else leaf[1] for leaf in fixed])
+
+
+@functools.cache
+def _program(method: Callable[..., Any], here: Any, there: Any) -> Any:
+    """Return the compiled `method(instance, *args)` for all that differ in arrays only."""
+
+    def run(own: list[Any], given: Any) -> Any:
+        args = given if there is None else _join(given, *there)
+        return method(_join(own, *here), *args)
+
+    return jax.jit(run)
+
+
+class _Known(NamedTuple):
+    """What is known of an instance: its arrays, the rest of it, and its programs."""
+
+    arrays: list[Any]
+    here: Any
+    programs: dict[Any, Any]
+
+
+def _know(instance: Any) -> _Known:
+    arrays, *here = _split(instance, _is_array)
+    if not any(isinstance(leaf, Tracer) for leaf in arrays):
+        with eval_context():  # NumPy arrays go to the device once, and not at every call
+            arrays = [jnp.asarray(leaf) for leaf in arrays]
+    return _Known(arrays, tuple(here), {})
+
+
+_KNOWN: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+def call(method: Callable[..., Any], instance: Any, *args: Any) -> Any:
+    """Return `method(instance, *args)` from a program that is compiled once.
+
+    Args:
+        method: a function of a module, pure.
+        instance: a pytree; what is known of a `Prepared` one is kept.
+        *args: pytrees; numbers and arrays in them are dynamic, all other leaves fixed.
+    """
+    known = _KNOWN.get(instance) if isinstance(instance, Prepared) else None
+    if known is None:
+        known = _know(instance)
+        if isinstance(instance, Prepared):
+            _KNOWN[instance] = known
+    there = None
+    if not all(map(_is_number, jax.tree.leaves(args))):
+        args, *rest = _split(args, _is_number)
+        there = tuple(rest)
+    program = known.programs.get((method, there))
+    if program is None:
+        program = known.programs[method, there] = _program(method, known.here, there)
+    return program(known.arrays, args)
+
+
+class Prepared(eqx.Module):
+    """A prepared function; two of them are the same only if they are one object."""
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
