@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import stream
+from jaxdiff._keys import stream
 
 
 def _chunk(

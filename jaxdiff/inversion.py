@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, ScalarLike, is_concrete
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import is_concrete
 from jaxdiff.sampling import Samples, draw
 from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers.plan import Options, Plan, plan_solve

@@ -32,7 +32,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact, grids
-from jaxdiff._types import PROBES, Cond, ScalarLike, host64, is_concrete, stream, time_dtype
+from jaxdiff._array import Cond, ScalarLike, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import PROBES, stream
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace, Hutchinson
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating

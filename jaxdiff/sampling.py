@@ -17,7 +17,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check
-from jaxdiff._types import INIT, SOLVER, Cond, is_concrete, stream
+from jaxdiff._array import Cond
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff.batching import many
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.plan import Engine, Options, Plan, evaluations, plan_solve

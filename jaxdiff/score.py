@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
 
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")

@@ -8,7 +8,7 @@ from oracles import GaussianMixture
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff._linalg import eigh
+from jaxdiff._numerics import eigh
 from jaxdiff.fisher import Curvature, Newton, RankOne, rank_one_divergence
 from jaxdiff.particles import newton, run, target
 from jaxdiff.process import EDM

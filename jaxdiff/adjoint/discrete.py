@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
-from jaxdiff._types import Cond
+from jaxdiff._array import Cond
 from jaxdiff.adjoint.problem import Cov, Gradient, Loss, Problem, make_problem, or_nan, status
 from jaxdiff.fisher.trace import AbstractTrace
 from jaxdiff.sampling import Samples

@@ -38,7 +38,8 @@ import lineax as lx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import PROBES, Cond, Scalar, stream
+from jaxdiff._array import Cond, Scalar
+from jaxdiff._keys import PROBES, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
 from jaxdiff.fisher.operators import difference_step, posterior_cov
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace

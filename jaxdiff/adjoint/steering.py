@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, ScalarLike, is_concrete, stream
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
 from jaxdiff.adjoint.discrete import Steps, forward, gradient, tabulate
 from jaxdiff.adjoint.problem import Cov, Loss, Problem, make_problem, or_nan, status
 from jaxdiff.fisher.trace import AbstractTrace

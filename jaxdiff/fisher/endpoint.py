@@ -23,7 +23,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike
+from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.fisher.lowrank import DiagLowRank
 from jaxdiff.fisher.operators import is_operator
 from jaxdiff.process import AbstractProcess

@@ -20,8 +20,9 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._linalg import eigh
-from jaxdiff._types import INIT, PROBES, Scalar, ScalarLike, stream, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._keys import INIT, PROBES, stream
+from jaxdiff._numerics import eigh
 from jaxdiff.score import floating
 from jaxdiff.streaming import widen
 

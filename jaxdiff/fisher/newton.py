@@ -24,8 +24,8 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact
-from jaxdiff._linalg import eigh
-from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._numerics import eigh
 from jaxdiff.fisher.lowrank import neighbours, ritz
 from jaxdiff.fisher.operators import (
     _noise_covariance,

@@ -38,7 +38,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, ScalarLike, time_dtype
+from jaxdiff._array import Cond, ScalarLike, time_dtype
 from jaxdiff.fisher.lowrank import DiagLowRank, lanczos, neighbours, woodbury
 from jaxdiff.score import AbstractDenoiser, floating
 

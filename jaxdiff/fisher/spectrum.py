@@ -21,8 +21,8 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._linalg import eigh
-from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._numerics import eigh
 from jaxdiff.fisher.lowrank import DiagLowRank, determinant, ritz, symmetric, tridiagonalise
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
 from jaxdiff.score import AbstractDenoiser

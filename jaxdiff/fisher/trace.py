@@ -29,7 +29,7 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, NetFn, Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Cond, NetFn, Scalar, ScalarLike, time_dtype
 from jaxdiff.fisher.operators import _Difference, _operator, diagonal, is_operator
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, Denoiser, floating

@@ -29,7 +29,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact, grids
-from jaxdiff._types import INIT, Cond, Scalar, host64, is_concrete, stream, time_dtype
+from jaxdiff._array import Cond, Scalar, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, stream
 from jaxdiff.fisher.operators import posterior_cov
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating

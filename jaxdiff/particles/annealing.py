@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Cond, ScalarLike, host64, is_concrete, stream
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import stream
 from jaxdiff.particles.chain import like, positive, run, start, target
 from jaxdiff.particles.langevin import ula
 from jaxdiff.process import AbstractProcess

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike, stream, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._keys import stream
 from jaxdiff.exact import AbstractExact
 from jaxdiff.score import AbstractDenoiser, floating
 

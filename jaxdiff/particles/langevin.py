@@ -34,7 +34,9 @@ from jax.core import eval_context
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike, is_concrete, stream
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
 from jaxdiff.fisher.newton import Newton
 from jaxdiff.particles.chain import (
     AbstractDensity,

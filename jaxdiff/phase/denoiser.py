@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, score
-from jaxdiff._types import Cond, NetFn, ScalarLike, time_dtype
+from jaxdiff._array import Cond, NetFn, ScalarLike, time_dtype
 from jaxdiff.phase.process import FACTORS, Factor, LinearSDE, Matrix, apply, inverse, product
 from jaxdiff.score import floating
 

@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import INIT, SOLVER, Cond, host64, is_concrete, stream, time_dtype
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff.batching import many
 from jaxdiff.phase.denoiser import AbstractDenoiser, Head
 from jaxdiff.phase.process import apply

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff import _check
-from jaxdiff._types import host64, is_concrete
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.phase.denoiser import Head
 from jaxdiff.phase.process import (
     FACTORS,

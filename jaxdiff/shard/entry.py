@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, time_dtype
+from jaxdiff._array import Cond, time_dtype
 from jaxdiff.batching import chunks, run_chunks
 from jaxdiff.fisher.trace import AbstractTrace
 from jaxdiff.inversion import invert_as_planned, plan_invert, sample_and_pair

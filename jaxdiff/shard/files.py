@@ -25,7 +25,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check, batching
-from jaxdiff._types import Cond, host_device
+from jaxdiff._array import Cond
+from jaxdiff._host import host_device
 from jaxdiff.sampling import Samples, plan_samples
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.shard import mesh as meshes

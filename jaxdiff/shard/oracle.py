@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact, streaming
-from jaxdiff._types import Scalar, time_dtype
+from jaxdiff._array import Scalar, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.shard.mesh import axis_size
 

@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff._types import Cond, host64, is_concrete, time_dtype
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.terms import View, view

@@ -30,8 +30,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._linalg import norm
-from jaxdiff._types import Scalar, ScalarLike, is_concrete, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._host import is_concrete
+from jaxdiff._numerics import norm
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import floating
 from jaxdiff.solvers.engine import AbstractGridSolver, State

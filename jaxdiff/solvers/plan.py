@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check, grids
-from jaxdiff._types import host64, is_concrete, time_dtype
+from jaxdiff._array import time_dtype
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver

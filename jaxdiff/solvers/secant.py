@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._linalg import eigh, norm
-from jaxdiff._types import Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._numerics import eigh, norm
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.exponential import transfer

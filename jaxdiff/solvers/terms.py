@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike
+from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 

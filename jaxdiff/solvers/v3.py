@@ -28,7 +28,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._types import ScalarLike, host64, is_concrete
+from jaxdiff._array import ScalarLike
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State
 from jaxdiff.solvers.exponential import transfer

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import stream
+from jaxdiff._keys import stream
 from jaxdiff.train import checkpoint
 from jaxdiff.train.state import TrainState
 

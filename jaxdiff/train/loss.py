@@ -26,7 +26,9 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check, score
-from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, stream
+from jaxdiff._array import Cond, Scalar, ScalarLike
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import stream
 from jaxdiff.fisher.trace import TraceHead
 from jaxdiff.process import AbstractProcess
 

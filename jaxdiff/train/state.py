@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
-from jaxdiff._types import stream
+from jaxdiff._keys import stream
 
 
 class TrainState(NamedTuple):

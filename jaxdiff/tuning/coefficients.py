@@ -29,7 +29,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import INIT, Cond, ScalarLike, host64, is_concrete, stream, time_dtype
+from jaxdiff._array import Cond, ScalarLike, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, stream
 from jaxdiff.process import AbstractProcess
 from jaxdiff.sampling import sample
 from jaxdiff.score import AbstractDenoiser

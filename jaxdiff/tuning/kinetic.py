@@ -30,7 +30,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Cond, is_concrete, time_dtype
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import is_concrete
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.tuning.klub import average, rows_of
 

@@ -28,7 +28,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, ScalarLike, is_concrete
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.sampling import check, sample
 from jaxdiff.score import AbstractDenoiser
