@@ -32,11 +32,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids, sampling
 from jaxdiff._array import Cond, ScalarLike
-from jaxdiff._numerics import norm
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers import DPMpp2M
 
 Metric: TypeAlias = Literal["l1", "l2", "dev"]
+
+
+def _norm(a: Array) -> Array:
+    return jnp.sqrt(jnp.sum(a**2, axis=-1))
 
 
 def _costs(
@@ -51,18 +54,18 @@ def _costs(
     flat = xs[1:] / alpha[1:, None]  # the first may be infinite, and no step ends there
     # The chord from the first state to the last, in a scale in which it stays finite.
     chord = xs[0] - alpha[0] * flat[-1]
-    chord = chord / norm(chord)
+    chord = chord / _norm(chord)
 
     def deviation(a: Array) -> Array:
         a = a - flat[-1][None]
-        return norm(a - (a @ chord)[:, None] * chord[None])
+        return _norm(a - (a @ chord)[:, None] * chord[None])
 
     def row(at: tuple[Array, Array]) -> Array:
         ahead = at[0][None] + sbar[1:, None] * at[1][None]
         if metric == "dev":
             return deviation(ahead) - deviation(flat)
         error = ahead - flat
-        return jnp.sum(jnp.abs(error), axis=-1) if metric == "l1" else norm(error)
+        return jnp.sum(jnp.abs(error), axis=-1) if metric == "l1" else _norm(error)
 
     costs = jax.lax.map(row, (m, eps))
     return jnp.concatenate([jnp.zeros_like(costs[:, :1]), costs], axis=1)
