@@ -15,6 +15,7 @@ from jaxdiff import (
     score,
     shard,
     solvers,
+    streaming,
     transport,
     tuning,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "score",
     "shard",
     "solvers",
+    "streaming",
     "transport",
     "tuning",
 ]

@@ -35,7 +35,7 @@ from jaxdiff import _check, exact, grids
 from jaxdiff._array import Cond, ScalarLike, time_dtype
 from jaxdiff._host import host64, is_concrete
 from jaxdiff._keys import PROBES, stream
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace, Hutchinson
+from jaxdiff.fisher.heads import AbstractTrace, ExactTrace, Hutchinson
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers.engine import AbstractGridSolver

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff._array import Cond
 from jaxdiff.adjoint.problem import Cov, Gradient, Loss, Problem, make_problem, or_nan, status
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.sampling import Samples
 from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers.exponential import DDIM

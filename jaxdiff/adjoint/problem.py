@@ -41,8 +41,8 @@ from jaxdiff import _check, exact
 from jaxdiff._array import Cond, Scalar
 from jaxdiff._keys import PROBES, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
+from jaxdiff.fisher.heads import AbstractTrace, ExactTrace
 from jaxdiff.fisher.operators import difference_step, posterior_cov
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
 from jaxdiff.sampling import Samples
 from jaxdiff.score import AbstractDenoiser
 

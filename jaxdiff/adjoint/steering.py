@@ -15,7 +15,7 @@ from jaxdiff._host import is_concrete
 from jaxdiff._keys import stream
 from jaxdiff.adjoint.discrete import Steps, forward, gradient, tabulate
 from jaxdiff.adjoint.problem import Cov, Loss, Problem, make_problem, or_nan, status
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.sampling import Samples
 from jaxdiff.score import AbstractDenoiser, floating
 

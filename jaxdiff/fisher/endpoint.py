@@ -24,8 +24,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
 from jaxdiff._array import Cond, Scalar, ScalarLike
-from jaxdiff.fisher.lowrank import DiagLowRank
-from jaxdiff.fisher.operators import is_operator
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
+from jaxdiff.linalg.estimators import is_operator
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 

@@ -37,7 +37,7 @@ from jaxdiff import _check
 from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff._host import is_concrete
 from jaxdiff._keys import stream
-from jaxdiff.fisher.newton import Newton
+from jaxdiff.fisher.curvature import Newton
 from jaxdiff.particles.chain import (
     AbstractDensity,
     AbstractTarget,

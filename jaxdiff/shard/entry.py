@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 from jaxdiff import _check, exact
 from jaxdiff._array import Cond, time_dtype
 from jaxdiff.batching import chunks, run_chunks
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.inversion import invert_as_planned, plan_invert, sample_and_pair
 from jaxdiff.likelihood import LogProb, log_prob_of, plan_log_prob
 from jaxdiff.sampling import Samples, plan_samples

@@ -29,7 +29,7 @@ from jaxdiff import _check, score
 from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff._host import host64, is_concrete
 from jaxdiff._keys import stream
-from jaxdiff.fisher.trace import TraceHead
+from jaxdiff.fisher.heads import TraceHead
 from jaxdiff.process import AbstractProcess
 
 Weight: TypeAlias = Callable[[Any], Any]

@@ -26,15 +26,16 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff import _check, exact
 from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
 from jaxdiff._numerics import eigh
-from jaxdiff.fisher.lowrank import neighbours, ritz
+from jaxdiff.fisher.atoms import neighbours
 from jaxdiff.fisher.operators import (
     _noise_covariance,
     _noise_jacobian,
     _operator,
     _Scaled,
-    diagonal,
     fisher,
 )
+from jaxdiff.linalg.estimators import diagonal
+from jaxdiff.linalg.spectrum import ritz
 from jaxdiff.score import AbstractDenoiser, floating
 
 Products: TypeAlias = Literal["exact", "jvp", "fd", "neighbours"]
