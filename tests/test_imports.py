@@ -41,7 +41,7 @@ EVERYWHERE = {"*"}
 TOP = {
     "diffrax": {
         *("solvers", "sampling", "likelihood", "adjoint", "fisher.transport"),
-        *("inversion", "tuning.gits", "phase", "interpolants", "shard", "particles.langevin"),
+        *("inversion", "tuning.gits", "phase", "interpolants", "shard", "mcmc"),
     }
     | PROGRAMS,
     "lineax": {"linalg", "fisher", "adjoint", "inverse", "guidance"},
@@ -62,7 +62,7 @@ CALLED = {
     "flax": {"score"},
     "tqdm": {"batching", "shard", "train", "tuning"},  # a bar where it is installed
     "ott": {"flow", "transport", "metrics"},
-    "blackjax": {"particles"},
+    "blackjax": {"mcmc"},
 }
 LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm", "blackjax")
 

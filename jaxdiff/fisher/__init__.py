@@ -2,7 +2,14 @@
 
 from jaxdiff.fisher import transport
 from jaxdiff.fisher.atoms import effective_sample_size, neighbours
-from jaxdiff.fisher.curvature import Curvature, Newton, RankOne, rank_one_divergence
+from jaxdiff.fisher.curvature import (
+    Curvature,
+    CurvatureFn,
+    Eigen,
+    Newton,
+    RankOne,
+    rank_one_divergence,
+)
 from jaxdiff.fisher.endpoint import (
     endpoint_bound,
     endpoint_cov,
@@ -27,7 +34,9 @@ from jaxdiff.linalg.spectrum import effective_rank, eigsh, lanczos, logdet
 __all__ = [
     "AbstractTrace",
     "Curvature",
+    "CurvatureFn",
     "DiagLowRank",
+    "Eigen",
     "ExactTrace",
     "HutchPP",
     "Hutchinson",
