@@ -21,6 +21,17 @@ from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = [
+    "AbstractExact",
+    "Empirical",
+    "Mixture",
+    "Posterior",
+    "empirical",
+    "gaussian",
+    "log_weights",
+    "mixture",
+]
+
 
 class Posterior(NamedTuple):
     r"""What is known of $x_0$ given $x_t = x$.

@@ -21,6 +21,20 @@ from jaxdiff import _check
 from jaxdiff._array import ScalarLike
 from jaxdiff._host import host64, is_concrete
 
+__all__ = [
+    "KINDS",
+    "LAWS",
+    "PUBLISHED",
+    "WARPS",
+    "Path",
+    "check",
+    "discrete",
+    "interpolate",
+    "make",
+    "refine",
+    "shift",
+]
+
 
 @runtime_checkable
 class Path(Protocol):

@@ -46,6 +46,8 @@ from jaxdiff.score import floating
 from jaxdiff.solvers.plan import evaluations
 from jaxdiff.solvers.terms import AdditiveNoise, GridBrownian
 
+__all__ = ["Interpolant", "Model", "as_process", "bridge", "draw", "sample"]
+
 
 def _rise(t: Any) -> Any:
     return jnp.sin(0.5 * math.pi * t)

@@ -9,6 +9,8 @@ from jaxtyping import Array, ArrayLike, Float, Real
 from jaxdiff import _check
 from jaxdiff._array import Scalar
 
+__all__ = ["energy_distance", "nearest_distance"]
+
 
 def _reduce_distances(x: Array, y: Array, reduce: Callable[[Array], Array]) -> Array:
     """Apply a reduction to the distances of each row of `x` to all rows of `y`, in O(n) memory."""

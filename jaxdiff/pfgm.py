@@ -34,6 +34,8 @@ from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import EDM
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = ["Empirical", "PFGMpp", "empirical"]
+
 
 def _log_constant(D: ScalarLike, n: int) -> Scalar:
     r"""Return $\log[\Gamma(\tfrac{n+D}2)/\Gamma(\tfrac D2)] - \tfrac n2\log(\pi D)$."""

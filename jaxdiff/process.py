@@ -24,6 +24,8 @@ from jaxdiff import _check, grids
 from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff._host import is_concrete
 
+__all__ = ["EDM", "VE", "VP", "AbstractProcess", "Cosine", "Discrete", "Rectified", "SubVP"]
+
 
 def _positive_range(name: str, **values: Any) -> None:
     """Check that concrete parameters are positive and given in increasing order."""

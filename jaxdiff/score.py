@@ -32,6 +32,19 @@ from jaxdiff import _check
 from jaxdiff._array import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
 
+__all__ = [
+    "PREDICTIONS",
+    "AbstractDenoiser",
+    "Denoiser",
+    "edm_coefficients",
+    "floating",
+    "from_batched",
+    "from_linen",
+    "from_nnx",
+    "mixing",
+    "precondition",
+]
+
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
 
 

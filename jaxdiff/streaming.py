@@ -25,6 +25,8 @@ from jaxtyping import Array, Float, Real
 
 from jaxdiff._array import Scalar, ScalarLike
 
+__all__ = ["Moments", "all_reduce", "known", "merge", "nothing", "pass_over", "summarise", "widen"]
+
 # Up to this dimension the differences x - alpha y are formed: cheap, and nothing cancels.
 _SMALL = 32
 # Atoms refined at a time, and the error in log-weights that is left alone, in units of d round-offs

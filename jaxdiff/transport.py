@@ -9,6 +9,8 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 from jaxdiff import _check
 from jaxdiff._array import Scalar
 
+__all__ = ["quantile_distance", "sliced_wasserstein"]
+
 
 def quantile_distance(
     x: Real[ArrayLike, " n"], y: Real[ArrayLike, " m"], p: float = 2.0

@@ -29,6 +29,8 @@ from jaxdiff.linalg.estimators import is_operator
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = ["Kind", "endpoint_bound", "endpoint_cov", "fisher_of", "gated_cov", "isotropic_cov"]
+
 Kind: TypeAlias = Literal["centred", "raw"]
 
 

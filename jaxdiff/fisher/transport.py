@@ -36,6 +36,19 @@ from jaxdiff.fisher.operators import posterior_cov
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = [
+    "AFFINE",
+    "NON_AFFINE",
+    "Flow",
+    "Method",
+    "Statistics",
+    "TransportTest",
+    "asymmetry",
+    "ddim_jacobian",
+    "flow_jacobian",
+    "transport_test",
+]
+
 Method: TypeAlias = Literal["jvp", "fd", "exact"]
 
 # Three atoms in the plane: on a line, where the flow is optimal transport, and off it.

@@ -44,6 +44,23 @@ from jaxdiff._numerics import safe_sqrt
 from jaxdiff.process import EDM
 from jaxdiff.score import floating
 
+__all__ = [
+    "CLD",
+    "FACTORS",
+    "MASSES",
+    "POINTS",
+    "PSLD",
+    "Factor",
+    "LinearSDE",
+    "Matrix",
+    "apply",
+    "cholesky",
+    "exponential",
+    "inverse",
+    "product",
+    "spread",
+]
+
 Factor: TypeAlias = Literal["cholesky", "r"]
 FACTORS = ("cholesky", "r")
 Matrix: TypeAlias = Float[Array, "2 2"]

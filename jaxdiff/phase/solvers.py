@@ -40,6 +40,19 @@ from jaxdiff.phase.process import (
     spread,
 )
 
+__all__ = [
+    "GDDIM",
+    "SSCS",
+    "AbstractPhaseSolver",
+    "Conjugate",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "Rotation",
+    "Splitting",
+    "Stage",
+]
+
 
 class Stage(NamedTuple):
     """One stage of a step; a field that is None is absent.

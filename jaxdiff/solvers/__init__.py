@@ -4,6 +4,7 @@ from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import DDIM, transfer
+from jaxdiff.solvers.fitted import Fitted
 from jaxdiff.solvers.lml import LML
 from jaxdiff.solvers.momentum import GHVB, HeavyBall
 from jaxdiff.solvers.multistep import DEIS, PNDM, DPMpp2M, DPMpp3M, UniPC, WarmStart
@@ -15,6 +16,7 @@ from jaxdiff.solvers.reversible import (
     SymmetricLeapfrog,
     VelocityLeapfrog,
 )
+from jaxdiff.solvers.scheduled import Schedule, Scheduled
 from jaxdiff.solvers.secant import LocalGaussian, Secant
 from jaxdiff.solvers.seeds import SEEDS, DPMppSDE
 from jaxdiff.solvers.singlestep import ExponentialRK, Heun, PseudoRK4, RungeKutta
@@ -55,6 +57,7 @@ __all__ = [
     "EulerMaruyama",
     "ExponentialRK",
     "Field",
+    "Fitted",
     "GridBrownian",
     "HeavyBall",
     "Heun",
@@ -68,6 +71,8 @@ __all__ = [
     "Row",
     "RungeKutta",
     "SASolver",
+    "Schedule",
+    "Scheduled",
     "Secant",
     "SplitNoise",
     "Statistics",

@@ -29,6 +29,8 @@ from jaxdiff.solvers.singlestep import TABLEAUS, RungeKutta, Tableau
 from jaxdiff.solvers.terms import USES, GridBrownian, View
 from jaxdiff.solvers.wrapper import AbstractWrapper
 
+__all__ = ["Churn", "LangevinCorrected", "LangevinStep", "SplitNoise"]
+
 
 class Churn(AbstractGridSolver):
     r"""EDM's stochastic sampler: add a little noise, then step the ODE from there.

@@ -17,6 +17,8 @@ from jaxdiff.solvers.engine import AbstractGridSolver, Row, State
 from jaxdiff.solvers.reversible import AbstractReversible, Pair
 from jaxdiff.solvers.terms import View
 
+__all__ = ["EDICT", "McCallumFoster"]
+
 
 class _Coupled(NamedTuple):
     first: Scalar

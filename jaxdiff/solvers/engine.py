@@ -34,6 +34,8 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.terms import View, view
 
+__all__ = ["ENDLESS", "AbstractGridSolver", "Output", "Row", "State", "combine"]
+
 Output: TypeAlias = Literal["x0", "eps", "velocity"]
 ENDLESS = 2**30  # steps left where nobody knows
 

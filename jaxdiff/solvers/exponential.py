@@ -18,6 +18,8 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.quadrature import log_snr_step
 
+__all__ = ["DDIM", "transfer"]
+
 
 def _log_kept(eta: Array, h: Array) -> Array:
     r"""Return $\log(1 - \eta^2(1 - e^{-2h}))$, also where almost nothing is kept."""

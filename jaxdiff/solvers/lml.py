@@ -40,6 +40,8 @@ from jaxdiff.solvers.exponential import DDIM, transfer
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
 
+__all__ = ["DAMPING", "LML", "Placement", "turn"]
+
 Placement: TypeAlias = Literal["noise", "increment", "velocity"]
 
 # Published damping: by the number of evaluations on CIFAR-10 (DPM-Solver-3 in noise form), one

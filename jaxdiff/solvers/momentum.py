@@ -29,6 +29,8 @@ from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
 
+__all__ = ["GHVB", "HeavyBall", "adams_moments", "noise_gain"]
+
 
 def _beta(where: str, beta: Any) -> None:
     _check.number(where, "beta", beta, np.finfo(float).tiny, 1)

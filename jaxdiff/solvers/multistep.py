@@ -37,6 +37,18 @@ from jaxdiff.solvers.quadrature import (
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
 
+__all__ = [
+    "DEIS",
+    "PNDM",
+    "DPMpp2M",
+    "DPMpp3M",
+    "UniPC",
+    "WarmStart",
+    "adams",
+    "limit",
+    "step_length",
+]
+
 
 def step_length(process: AbstractProcess, ts: Array) -> tuple[Array, Array]:
     """Return h, 1 where it is infinite, and whether it is finite."""

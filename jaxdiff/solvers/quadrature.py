@@ -28,6 +28,18 @@ from jaxtyping import Array
 from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 
+__all__ = [
+    "Chi",
+    "clock",
+    "history",
+    "integral",
+    "integrals",
+    "log_snr_step",
+    "of_mean",
+    "of_noise",
+    "phi",
+]
+
 Chi: TypeAlias = Literal["lam", "s", "t", "angle"]
 
 # On [0, 1]; exact to round-off for steps up to |h| = 10 or so, where accuracy is lost anyway.

@@ -51,6 +51,19 @@ from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.quadrature import log_snr_step
 from jaxdiff.solvers.terms import View
 
+__all__ = [
+    "BDIA",
+    "BELM",
+    "AbstractLeapfrog",
+    "AbstractReversible",
+    "AbstractTwoStep",
+    "Inverted",
+    "Pair",
+    "SymmetricLeapfrog",
+    "VelocityLeapfrog",
+    "kind",
+]
+
 Pair: TypeAlias = tuple[Array, Array]
 
 

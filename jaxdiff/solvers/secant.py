@@ -38,6 +38,8 @@ from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import history
 from jaxdiff.solvers.terms import View
 
+__all__ = ["LocalGaussian", "Secant", "bend"]
+
 
 class _Span(NamedTuple):
     """One step as both solvers see it."""

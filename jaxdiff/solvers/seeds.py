@@ -26,6 +26,8 @@ from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import phi
 
+__all__ = ["SEEDS", "DPMppSDE"]
+
 
 def _shares(where: str, r: Any, number: int) -> None:
     inside = isinstance(r, tuple) and len(r) == number and all(0 < a < 1 for a in r)

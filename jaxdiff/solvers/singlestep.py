@@ -22,6 +22,8 @@ from jaxdiff.solvers.engine import AbstractGridSolver, Output, Row
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.quadrature import log_snr_step, phi
 
+__all__ = ["TABLEAUS", "ExponentialRK", "Heun", "PseudoRK4", "RungeKutta", "Tableau", "transfer_to"]
+
 Tableau: TypeAlias = Literal["euler", "midpoint", "heun", "kutta3", "rk4"]
 
 # order, nodes c of the stages after the first, rows of weights a, weights b.

@@ -43,6 +43,8 @@ from jaxdiff.solvers.quadrature import (
     phi,
 )
 
+__all__ = ["ERSDE", "DPMpp2MSDE", "EulerMaruyama", "Phi", "ReverseDiffusion", "SASolver", "keep"]
+
 Phi: TypeAlias = Literal["ode", "sde", "sde1", "sde2", "sde3", "sde4", "sde5"]
 
 

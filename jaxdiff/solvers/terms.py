@@ -30,6 +30,20 @@ from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 
+__all__ = [
+    "USES",
+    "AdditiveNoise",
+    "Clock",
+    "ClockName",
+    "Field",
+    "GridBrownian",
+    "View",
+    "log_snr_drift",
+    "pf_ode",
+    "reverse_sde",
+    "view",
+]
+
 ClockName: TypeAlias = Literal["t", "r", "s", "lam", "u"]
 
 # name: (clock of lam, lam of clock, state / x from alpha and sigma)

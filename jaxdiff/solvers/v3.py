@@ -37,6 +37,8 @@ from jaxdiff.solvers.multistep import limit, step_length
 from jaxdiff.solvers.quadrature import history, integral, integrals, log_snr_step
 from jaxdiff.solvers.terms import View
 
+__all__ = ["Curves", "DPMSolverV3", "Statistics"]
+
 _SLACK = 1e-3  # how far a grid may leave the statistics, in log-SNR: the round-off of its ends
 
 

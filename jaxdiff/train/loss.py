@@ -32,6 +32,23 @@ from jaxdiff._keys import stream
 from jaxdiff.fisher.heads import TraceHead
 from jaxdiff.process import AbstractProcess
 
+__all__ = [
+    "WEIGHTS",
+    "SampleTime",
+    "Weight",
+    "batch_loss",
+    "batch_trace_loss",
+    "denoising_loss",
+    "edm",
+    "lognormal_time",
+    "logsnr_time",
+    "min_snr",
+    "p2",
+    "sigmoid",
+    "trace_loss",
+    "uniform_time",
+]
+
 Weight: TypeAlias = Callable[[Any], Any]
 SampleTime: TypeAlias = Callable[[AbstractProcess, Any], Any]
 

@@ -13,6 +13,8 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from jaxdiff import _check
 from jaxdiff._keys import stream
 
+__all__ = ["TrainState", "init", "make_step"]
+
 
 class TrainState(NamedTuple):
     """All that training carries from step to step: what a checkpoint must hold.

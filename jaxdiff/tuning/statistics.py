@@ -27,6 +27,8 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers.v3 import Statistics
 
+__all__ = ["model_statistics"]
+
 
 def _nodes(process: AbstractProcess, ends: Array, count: Any) -> tuple[Array, Array]:
     low, high = jax.vmap(process.lam)(ends)

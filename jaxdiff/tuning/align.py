@@ -38,6 +38,8 @@ from jaxdiff._keys import stream
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = ["align_your_steps", "average", "klub", "rows_of"]
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -35,6 +35,8 @@ from jaxdiff._array import Cond, ScalarLike
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers import DPMpp2M
 
+__all__ = ["Metric", "gits", "jump_costs", "shortest_path"]
+
 Metric: TypeAlias = Literal["l1", "l2", "dev"]
 
 
