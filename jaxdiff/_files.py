@@ -24,9 +24,10 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
 from jaxdiff import _mesh as meshes
+from jaxdiff._array import Cond
+from jaxdiff._host import host_device
 from jaxdiff._many import admit, sample
 from jaxdiff._sampler import Sampler, Samples
-from jaxdiff._types import Cond, host_device
 from jaxdiff.solvers.reversible import Inverted
 
 _WHERE = "sample_to"

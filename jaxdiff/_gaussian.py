@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check, grids
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff._sampler import Samples, State, prepare
 from jaxdiff._status import SUCCESS, or_nan, status
 from jaxdiff._steps import DiffraxSolve, bounded
-from jaxdiff._types import INIT, SOLVER, Cond, host64, is_concrete, stream, time_dtype
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
@@ -34,13 +36,13 @@ Values: TypeAlias = Array | np.ndarray
 
 
 class GridSolve(DiffraxSolve):
-    """A solver of jaxdiff or diffrax on the PF-ODE or the reverse SDE, from node to node.
+    r"""A solver of jaxdiff or diffrax on the PF-ODE or the reverse SDE, from node to node.
 
     Attributes:
         solver: with its rows.
         nodes: `ts` as the clock reads them.
         scales: state / x at all nodes; None for 1.
-        last: factor and time of a final step $x = c\\,m$; None without one.
+        last: factor and time of a final step $x = c\,m$; None without one.
         path: makes the Brownian path of a sample from a key; None for one keyed by the grid.
         controller: chooses the steps of each sample; None on a fixed grid.
         adjoint: for the diffrax engine.
@@ -262,7 +264,8 @@ class PairSolve(GridSolve):
             raise _check.bad(where, "ts[-1]", expected, f"t={float(self.last[1])!r}")
         step = round(float(freeze) * self.steps) + self.solver.lag
         if step >= self.steps:
-            expected = f"so small that more than {self.solver.lag} of the {self.steps} steps of ts are left"
+            left = f"more than {self.solver.lag} of the {self.steps} steps of ts"
+            expected = f"so small that {left} are left"
             raise _check.bad(where, "freeze", expected, f"{freeze!r}")
         if x.shape != self.start.shape:
             raise _check.bad(where, "x", f"of shape {self.start.shape}", x.shape)

@@ -31,11 +31,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact
+from jaxdiff._array import Cond, ScalarLike, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import PROBES, stream
 from jaxdiff._passengers import At, Ride, Road, ride, road
 from jaxdiff._prepared import Prepared, call
 from jaxdiff._status import or_nan, status
-from jaxdiff._types import PROBES, Cond, ScalarLike, host64, is_concrete, stream, time_dtype
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace, Hutchinson
+from jaxdiff.fisher.heads import AbstractTrace, ExactTrace, Hutchinson
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 
@@ -267,8 +269,8 @@ def likelihood(
         max_steps: bound on the steps under a controller.
 
     Returns:
-        The `Likelihood`, a function `(x, cond=None, *, key=None) -> LogProb`. Its `error` is the standard error over independent probes,
-        or for `debias` the root of $\frac{L^2}{M^2}\sum_j (\delta_{2j} - \delta_{2j+1})^2$, with
+        The `Likelihood`, a function `(x, cond=None, *, key=None) -> LogProb`. The `error` is the
+        standard error over independent probes, or for `debias` the root of $\frac{L^2}{M^2}\sum_j (\delta_{2j} - \delta_{2j+1})^2$, with
         $\delta$ the differences in brackets above: conservative, since neighbouring strata differ
         in their means as well. Nothing raises inside jit: a failed solve gives NaN and a `result`.
 

@@ -21,9 +21,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
 from jaxdiff import _mesh as meshes
+from jaxdiff._array import Cond
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
 from jaxdiff._prepared import call
 from jaxdiff._sampler import Sampler, Samples, run_one
-from jaxdiff._types import Cond, is_concrete, stream
 from jaxdiff.solvers.reversible import Inverted
 
 

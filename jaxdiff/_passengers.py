@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check, grids
+from jaxdiff._host import host64, is_concrete
 from jaxdiff._loop import over_steps
 from jaxdiff._status import SUCCESS, first_failure
 from jaxdiff._steps import bounded
-from jaxdiff._types import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
@@ -43,11 +43,11 @@ class At(NamedTuple):
 
 
 class Ride(eqx.Module):
-    """The vector field of the state and its passenger.
+    r"""The vector field of the state and its passenger.
 
     Attributes:
         process: the Gaussian path.
-        passenger: from where it is and its value to $(m, \\hat\\epsilon)$ and its slope.
+        passenger: from where it is and its value to $(m, \hat\epsilon)$ and its slope.
     """
 
     process: AbstractProcess
@@ -71,13 +71,13 @@ class Ride(eqx.Module):
 
 
 class Road(eqx.Module):
-    """The grid of a ride and how it is travelled, decided before tracing.
+    r"""The grid of a ride and how it is travelled, decided before tracing.
 
     Attributes:
         ts: strictly decreasing times of finite log-SNR, (nodes,).
         lams: their log-SNRs.
         scales: $h$ at both ends, noise first.
-        sigmas: $\\sigma$ at both ends.
+        sigmas: $\sigma$ at both ends.
     """
 
     ts: Any

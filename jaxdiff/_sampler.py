@@ -24,10 +24,12 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import HOOK, stream
 from jaxdiff._loop import over_steps
 from jaxdiff._prepared import Prepared, call
 from jaxdiff._status import SUCCESS, or_nan, status
-from jaxdiff._types import HOOK, Cond, ScalarLike, is_concrete, stream
 from jaxdiff.score import floating
 from jaxdiff.solvers.hooks import Between
 from jaxdiff.solvers.reversible import Inverted
@@ -339,7 +341,7 @@ class Sampler(Prepared):
         return call(_step, self, n, key, state, cond)
 
     def finish(self, key: PRNGKeyArray | None, state: State, cond: Cond = None) -> Samples:
-        """Return the result of a state after all steps, with the step to sigma = 0 if one is due."""
+        """Return the result of a state after all steps, making the step to sigma = 0."""
         key = _check.needed_key("sampler.finish", key, self.solve.stochastic)
         return call(_finish, self, key, state, cond)
 

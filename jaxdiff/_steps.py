@@ -9,9 +9,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff._array import Cond
 from jaxdiff._sampler import AbstractSolve, State
 from jaxdiff._status import SUCCESS, first_failure
-from jaxdiff._types import Cond
 from jaxdiff.solvers.engine import AbstractGridSolver
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from jaxdiff import __version__
 
+__all__ = ["main"]
+
 
 def _count(text: str) -> int:
     value = int(text)  # argparse turns the ValueError of a word into a message of its own

@@ -32,6 +32,33 @@ from tqdm import tqdm
 import jaxdiff as jd
 from jaxdiff import metrics, train, transport
 
+__all__ = [
+    "BATCH",
+    "CHUNK",
+    "HELD_OUT",
+    "SHAPE",
+    "SIGMA_END",
+    "WIDTH",
+    "Digits",
+    "Entry",
+    "Likelihood",
+    "batches",
+    "build",
+    "compare",
+    "draw",
+    "draw_grid",
+    "draw_trajectory",
+    "fit",
+    "fit_head",
+    "judge",
+    "likelihood_grid",
+    "likelihoods",
+    "load",
+    "print_likelihoods",
+    "print_table",
+    "run",
+]
+
 HELD_OUT = 360
 BATCH = 128
 CHUNK = 250  # samples per program: the first chunk pays for compilation and is not timed

@@ -16,9 +16,21 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxdiff import _check, streaming
-from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = [
+    "AbstractExact",
+    "Empirical",
+    "Mixture",
+    "Posterior",
+    "empirical",
+    "gaussian",
+    "log_weights",
+    "mixture",
+]
 
 
 class Posterior(NamedTuple):

@@ -29,13 +29,28 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact, grids
+from jaxdiff._array import Cond, Scalar, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, stream
 from jaxdiff._loop import over_steps
 from jaxdiff._passengers import At, Ride, Road, ride, road
 from jaxdiff._status import or_nan, status
-from jaxdiff._types import INIT, Cond, Scalar, host64, is_concrete, stream, time_dtype
 from jaxdiff.fisher.operators import posterior_cov
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = [
+    "AFFINE",
+    "NON_AFFINE",
+    "Flow",
+    "Method",
+    "Statistics",
+    "TransportTest",
+    "asymmetry",
+    "ddim_jacobian",
+    "flow_jacobian",
+    "transport_test",
+]
 
 Method: TypeAlias = Literal["jvp", "fd", "exact"]
 

@@ -18,7 +18,22 @@ from jaxtyping import Array, Float, Real
 from scipy import special
 
 from jaxdiff import _check
-from jaxdiff._types import ScalarLike, host64, is_concrete
+from jaxdiff._array import ScalarLike
+from jaxdiff._host import host64, is_concrete
+
+__all__ = [
+    "KINDS",
+    "LAWS",
+    "PUBLISHED",
+    "WARPS",
+    "Path",
+    "check",
+    "discrete",
+    "interpolate",
+    "make",
+    "refine",
+    "shift",
+]
 
 
 @runtime_checkable

@@ -35,29 +35,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
+from jaxdiff._array import Cond, NetFn, Scalar, ScalarLike, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, SOLVER, stream
+from jaxdiff._numerics import safe_sqrt
 from jaxdiff._sampler import State, prepare
 from jaxdiff._steps import DiffraxSolve, bounded
-from jaxdiff._types import (
-    INIT,
-    SOLVER,
-    Cond,
-    NetFn,
-    Scalar,
-    ScalarLike,
-    host64,
-    is_concrete,
-    stream,
-    time_dtype,
-)
 from jaxdiff.process import AbstractProcess, Rectified
 from jaxdiff.score import floating
 from jaxdiff.solvers.terms import AdditiveNoise, GridBrownian
 
-
-def _sqrt(square: Array) -> Array:
-    """Return the root, with derivative 0 at 0."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+__all__ = ["Interpolant", "Model", "as_process", "bridge"]
 
 
 def _rise(t: Any) -> Any:
@@ -128,7 +116,7 @@ class Interpolant(eqx.Module):
             raise _check.bad("perturb", "x1", f"of the shape of x0, {x0.shape}", x1.shape)
         z = jax.random.normal(key, x0.shape, x0.dtype)
         (alpha, beta, gamma2), (d_alpha, d_beta, slope) = self.jet(t)
-        gamma = _sqrt(gamma2)
+        gamma = safe_sqrt(gamma2)
         x = alpha * x0 + beta * x1 + gamma * z
         d_gamma = slope / jnp.where(gamma > 0, 2 * gamma, jnp.inf)  # 0 at the ends
         velocity = d_alpha * x0 + d_beta * x1 + d_gamma * z
@@ -179,8 +167,8 @@ class _Path(AbstractProcess):
         t, grow = floating(t), lambda f, t: jax.jvp(f, (t,), (jnp.ones_like(t),))
         (square, slope), (_, bend) = grow(lambda t: grow(self._square, t), t)
         # sigma sigma' = (sigma^2)'/2 leaves sigma' = sqrt((sigma^2)''/2) where sigma vanishes
-        end = jnp.where(slope == 0, _sqrt(bend / 2), jnp.inf)
-        inner = slope / (2 * _sqrt(jnp.where(square > 0, square, 1)))
+        end = jnp.where(slope == 0, safe_sqrt(bend / 2), jnp.inf)
+        inner = slope / (2 * safe_sqrt(jnp.where(square > 0, square, 1)))
         return self.interpolant.jet(t)[1][0], jnp.where(square > 0, inner, end)
 
 
@@ -246,7 +234,7 @@ class Model(eqx.Module):
         b = self._call("b", t, x, cond)
         if e is None:
             return b
-        gamma = _sqrt(self.interpolant.jet(t)[0][2])
+        gamma = safe_sqrt(self.interpolant.jet(t)[0][2])
         rate = jnp.where(e == 0, 0, e / jnp.where(e == 0, 1, gamma))
         return (b + rate * self._call("eta", t, x, cond)).astype(x.dtype)
 
@@ -269,7 +257,7 @@ class _Noise(AdditiveNoise):
     diffusion: Any
 
     def vf(self, t: Any, y: Array, args: Any) -> Array:
-        root = _sqrt(2 * _value(self.diffusion, 1 - t))
+        root = safe_sqrt(2 * _value(self.diffusion, 1 - t))
         return jnp.broadcast_to(root, y.shape).astype(y.dtype)
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
+from jaxdiff._array import Cond, ScalarLike
 from jaxdiff._sampler import Sampler, Samples
-from jaxdiff._types import Cond, ScalarLike
 from jaxdiff.score import floating
 
 __all__ = ["edit", "interpolate"]

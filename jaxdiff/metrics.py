@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar
+from jaxdiff._array import Scalar
+
+__all__ = ["energy_distance", "nearest_distance"]
 
 
 def _reduce_distances(x: Array, y: Array, reduce: Callable[[Array], Array]) -> Array:

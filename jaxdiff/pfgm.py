@@ -29,9 +29,12 @@ from jax.scipy.special import betaln, gammaln
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, exact, streaming
-from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import EDM
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = ["Empirical", "PFGMpp", "empirical"]
 
 
 def _log_constant(D: ScalarLike, n: int) -> Scalar:

@@ -21,7 +21,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Scalar, ScalarLike, is_concrete
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
+
+__all__ = ["EDM", "VE", "VP", "AbstractProcess", "Cosine", "Discrete", "Rectified", "SubVP"]
 
 
 def _positive_range(name: str, **values: Any) -> None:

@@ -29,8 +29,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
 from jaxdiff.process import AbstractProcess
+
+__all__ = [
+    "PREDICTIONS",
+    "AbstractDenoiser",
+    "Denoiser",
+    "edm_coefficients",
+    "floating",
+    "from_batched",
+    "from_linen",
+    "from_nnx",
+    "mixing",
+    "precondition",
+]
 
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
 

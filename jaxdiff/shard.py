@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact, streaming
+from jaxdiff._array import Scalar, time_dtype
 from jaxdiff._mesh import devices_of
-from jaxdiff._types import Scalar, time_dtype
 from jaxdiff.process import AbstractProcess
 
 
@@ -96,8 +96,8 @@ def empirical(
         process: the Gaussian path.
         data: atoms $y_i$, (N, *dims): an array, or anything of NumPy's `shape`, `dtype`, slices.
         weights: $p_i$, (N,), not negative; equal by default.
-        on: `NamedSharding(mesh, P("data"))` for an axis of the mesh that shares the atoms; or a mesh,
-            as for `jaxdiff.sample`.
+        on: `NamedSharding(mesh, P("data"))` for the axis of the mesh that shares the atoms; or a
+            mesh, as for `jaxdiff.sample`.
         chunk: atoms per step of the streamed pass.
 
     Raises:

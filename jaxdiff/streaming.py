@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
+
+__all__ = ["Moments", "all_reduce", "known", "merge", "nothing", "pass_over", "summarise", "widen"]
 
 # Up to this dimension the differences x - alpha y are formed: cheap, and nothing cancels.
 _SMALL = 32

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar
+from jaxdiff._array import Scalar
+
+__all__ = ["quantile_distance", "sliced_wasserstein"]
 
 
 def quantile_distance(

@@ -15,7 +15,7 @@ from helpers import PROCESSES
 import jaxdiff as jd
 from jaxdiff.adjoint import continuous_gradient, guide, optimise_noise, terminal_gradient
 from jaxdiff.fisher import posterior_cov
-from jaxdiff.fisher.trace import ExactTrace, Hutchinson
+from jaxdiff.fisher.heads import ExactTrace, Hutchinson
 from jaxdiff.solvers import DDIM
 
 D = 6

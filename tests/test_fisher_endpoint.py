@@ -18,8 +18,8 @@ from jaxdiff.fisher.endpoint import (
     gated_cov,
     isotropic_cov,
 )
-from jaxdiff.fisher.lowrank import DiagLowRank
 from jaxdiff.fisher.operators import fisher, posterior_cov
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
 
 D = 6
 VP = PROCESSES["VP"]

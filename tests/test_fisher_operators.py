@@ -10,8 +10,8 @@ from oracles import GaussianMixture
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff.fisher.operators import diagonal, fisher, posterior_cov, solve
-from jaxdiff.fisher.trace import trace
+from jaxdiff.fisher.operators import fisher, posterior_cov, solve
+from jaxdiff.linalg.estimators import diagonal, trace
 
 D = 6
 RNG = np.random.default_rng(0)

@@ -9,10 +9,10 @@ from helpers import PROCESSES
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff.fisher.lowrank import DiagLowRank
+from jaxdiff.fisher.heads import Hutchinson, intrinsic_dimension
 from jaxdiff.fisher.operators import fisher, posterior_cov
-from jaxdiff.fisher.spectrum import effective_rank, eigsh, intrinsic_dimension, logdet
-from jaxdiff.fisher.trace import Hutchinson
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
+from jaxdiff.linalg.spectrum import effective_rank, eigsh, logdet
 
 VP = PROCESSES["VP"]
 KEY = jax.random.key(0)

@@ -11,15 +11,9 @@ from oracles import GaussianMixture
 
 from jaxdiff import exact
 from jaxdiff.fisher import fisher, posterior_cov
-from jaxdiff.fisher.lowrank import DiagLowRank
-from jaxdiff.fisher.trace import (
-    ExactTrace,
-    Hutchinson,
-    HutchPP,
-    TraceHead,
-    matching_bound,
-    trace,
-)
+from jaxdiff.fisher.heads import ExactTrace, Hutchinson, HutchPP, TraceHead, matching_bound
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
+from jaxdiff.linalg.estimators import trace
 from jaxdiff.process import VP
 from jaxdiff.score import Denoiser, from_linen, precondition
 from jaxdiff.train import MLP, TraceNet, UNet

@@ -13,27 +13,26 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxdiff"
 
 # Each layer may import the layers before it, never its own or a later one.
 LAYERS = [
-    ("_types", "_check", "_linalg"),
-    ("batching",),
+    ("_array", "_keys", "_host", "_check", "_numerics"),
     ("grids",),
     ("process",),
     ("score",),
     ("streaming",),
     ("exact",),
-    ("fisher", "solvers", "flow", "guidance", "pfgm"),
+    ("pfgm", "linalg"),
+    ("fisher",),
+    ("solvers", "guidance"),
+    ("batching",),
     ("sampling", "likelihood"),
-    ("adjoint", "inversion", "tuning", "phase", "interpolants", "particles", "inverse"),
-    ("shard",),
+    ("adjoint", "inversion", "tuning", "phase", "interpolants", "mcmc"),
+    ("inverse", "train"),
+    ("flow",),
+    ("shard", "pretrained"),
 ]
 ANYTHING = {"__init__", "cli", "demo", "_demo"}
 PROGRAMS = {"cli", "demo", "_demo"}  # import anything, imported by nothing but each other
 ALLOWED = {unit: set().union(*LAYERS[:i]) for i, layer in enumerate(LAYERS) for unit in layer}
-ALLOWED |= {
-    "train": {"score", "flow", "fisher", "process", "grids", "_types", "_check"},
-    "metrics": {"_types", "_check"},
-    "transport": {"_types", "_check"},
-    "pretrained": {"score", "process", "grids", "_types", "_check"},
-}
+ALLOWED |= {"metrics": {*LAYERS[0]}, "transport": {*LAYERS[0]}}
 
 # Third parties: where at the top of a module, and where only when called. A name with no dot
 # stands for the module or the whole package.
@@ -42,10 +41,10 @@ EVERYWHERE = {"*"}
 TOP = {
     "diffrax": {
         *("solvers", "sampling", "likelihood", "adjoint", "fisher.transport"),
-        *("inversion", "tuning.gits", "phase", "interpolants", "shard", "particles.langevin"),
+        *("inversion", "tuning.trajectories", "phase", "interpolants", "shard", "mcmc"),
     }
     | PROGRAMS,
-    "lineax": {"fisher", "adjoint", "inverse", "guidance"},
+    "lineax": {"linalg", "fisher", "adjoint", "inverse", "guidance"},
     "optax": {"train"},
     "scipy": {"grids"},
     "orbax": {"train"},
@@ -63,7 +62,7 @@ CALLED = {
     "flax": {"score"},
     "tqdm": {"batching", "shard", "train", "tuning"},  # a bar where it is installed
     "ott": {"flow", "transport", "metrics"},
-    "blackjax": {"particles"},
+    "blackjax": {"mcmc"},
 }
 LAZY = ("flax", "optax", "orbax", "ott", "sklearn", "matplotlib", "tqdm", "blackjax")
 
@@ -158,12 +157,51 @@ def graph(sources):
     }
 
 
+# Being rewritten: their own names and lists come with that (moves next).
+MOVES_NEXT = {
+    *("batching", "sampling", "inversion", "likelihood", "solvers.plan", "solvers.travel"),
+    *("phase.sampling", "shard.entry", "shard.files", "shard.mesh", "shard.oracle"),
+    *("adjoint.continuous", "adjoint.discrete", "adjoint.problem", "adjoint.steering"),
+}
+
+
+def naming(name, source):
+    """Every broken rule of one module's names, in words."""
+    body, own, listed = ast.parse(source).body, set(), None
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if ast.unparse(target) == "__all__":
+                listed = ast.literal_eval(node.value)
+    *folders, file = name.split(".")
+    if file in own:
+        yield f"{name} is named as the function or class {file!r} in it"
+    if any(part.startswith("_") for part in [*folders, file.removeprefix("__init__")]):
+        return
+    if listed is None:
+        yield f"{name} has no __all__"
+    else:
+        hidden = sorted(n for n in own - set(listed) if not n.startswith("_"))
+        if hidden and file != "__init__":
+            yield f"{name}: {hidden} neither in __all__ nor private"
+
+
 SOURCES = modules(ROOT)
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_module_imports_only_what_lies_below_it(name):
     assert list(violations(name, SOURCES[name], SOURCES)) == []
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES.keys() - MOVES_NEXT))
+def test_a_module_is_named_for_what_is_in_it_and_lists_it(name):
+    assert list(naming(name, SOURCES[name])) == []
+
+
+def test_what_moves_next_is_there_and_breaks_a_rule():
+    assert all(list(naming(name, SOURCES[name])) for name in MOVES_NEXT)
 
 
 def test_no_import_cycles():
@@ -173,9 +211,10 @@ def test_no_import_cycles():
 # --- The rules themselves can fail. --------------------------------------------------------------
 
 KNOWN = {
-    n: "" for n in ["__init__", "_types", "_check", "grids", "process", "score", "cli", "sampling"]
+    n: "" for n in ["__init__", "_array", "_check", "grids", "process", "score", "cli", "sampling"]
 }
-KNOWN |= {n: "" for n in ["solvers.__init__", "solvers.terms", "fisher.__init__", "train.nets"]}
+KNOWN |= {n: "" for n in ["solvers.__init__", "solvers.terms", "fisher.__init__", "fisher.heads"]}
+KNOWN |= {n: "" for n in ["linalg.spectrum", "flow", "train.nets"]}
 
 
 @pytest.mark.parametrize(
@@ -188,11 +227,12 @@ KNOWN |= {n: "" for n in ["solvers.__init__", "solvers.terms", "fisher.__init__"
         ("grids", "import jaxdiff.process as p", "not below"),
         ("grids", "def f():\n    from jaxdiff import process", "not below"),
         ("process", "import jaxdiff", "not below"),
-        ("_types", "from jaxdiff import _check", "not below"),
-        ("solvers.terms", "from jaxdiff import fisher", "not below"),
-        ("solvers.terms", "from ..fisher import fisher", "not below"),
+        ("_array", "from jaxdiff import _check", "not below"),
+        ("fisher.heads", "from jaxdiff import solvers", "not below"),
+        ("fisher.heads", "from ..solvers import terms", "not below"),
+        ("linalg.spectrum", "from jaxdiff.fisher import solve", "not below"),
         ("solvers.terms", "from jaxdiff.sampling import draw", "not below"),
-        ("train.nets", "from jaxdiff import sampling", "not below"),
+        ("train.nets", "from jaxdiff import flow", "not below"),
         ("metrics", "from jaxdiff import process", "not below"),
         ("score", "from jaxdiff import cli", "program"),
         ("__init__", "from jaxdiff import cli", "program"),
@@ -232,6 +272,35 @@ def test_a_broken_rule_is_seen(name, source, word):
 )
 def test_a_kept_rule_is_not_seen(name, source):
     assert list(violations(name, source, KNOWN)) == []
+
+
+@pytest.mark.parametrize(
+    "name,source,word",
+    [
+        ("fisher.trace", '__all__ = ["trace"]\ndef trace(): ...', "named as"),
+        ("Clock", '__all__ = ["Clock"]\nclass Clock: ...', "named as"),
+        ("_stream", "def stream(): ...\ndef _stream(): ...", "named as"),
+        ("grids", "def make(): ...", "no __all__"),
+        ("fisher.__init__", "from jaxdiff.fisher.heads import TraceHead", "no __all__"),
+        ("grids", "__all__ = []\ndef make(): ...", "['make'] neither"),
+    ],
+)
+def test_a_bad_name_is_seen(name, source, word):
+    found = list(naming(name, source))
+    assert found and word in found[0]
+
+
+@pytest.mark.parametrize(
+    "name,source",
+    [
+        ("fisher.heads", '__all__ = ["heads_of"]\ndef heads_of(heads): ...\ndef _f(): ...'),
+        ("trees", '__all__ = ["Tree"]\nclass Tree:\n    def trees(self): ...'),
+        ("_keys", "def stream(): ..."),
+        ("_shard.mesh", "def gather(): ..."),
+    ],
+)
+def test_a_good_name_is_not_seen(name, source):
+    assert list(naming(name, source)) == []
 
 
 def test_a_cycle_is_seen():

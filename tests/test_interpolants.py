@@ -14,7 +14,7 @@ from helpers import each
 
 import jaxdiff as jd
 from jaxdiff import exact, interpolants
-from jaxdiff._types import SOLVER, stream
+from jaxdiff._keys import SOLVER, stream
 from jaxdiff.interpolants import Interpolant, Model, as_process, bridge
 from jaxdiff.solvers.terms import GridBrownian
 

@@ -12,7 +12,7 @@ import scipy.linalg
 from oracles import GaussianMixture
 
 from jaxdiff import exact
-from jaxdiff.particles import (
+from jaxdiff.mcmc import (
     AbstractDensity,
     Kinetic,
     annealed,
@@ -254,7 +254,7 @@ def test_annealing_a_gaussian_follows_its_recursion(levels):
 
     def ends(denoise):
         one = lambda key, x: annealed(  # noqa: E731
-            key, denoiser, x, ts, steps=steps, size=size, denoise=denoise
+            key, denoiser, x, ts, steps=steps, step_size=size, denoise=denoise
         )
         return np.asarray(jax.jit(jax.vmap(one))(keys, start))
 
@@ -277,7 +277,8 @@ def test_wrong_arguments():
     net = Denoiser(VP(), lambda t, x, cond: x)
     assert not isinstance(target(net, 0.5), AbstractDensity)
     ts = [0.9, 0.5, 0.1]
-    anneal = lambda d=gauss, ts=ts, **kw: annealed(key, d, x, ts, **{"steps": 1, "size": 0.1, **kw})  # noqa: E731
+    usual = {"steps": 1, "step_size": 0.1}
+    anneal = lambda d=gauss, ts=ts, **kw: annealed(key, d, x, ts, **{**usual, **kw})  # noqa: E731
     for make, message in (
         (lambda: target(gauss), "target: t must be one time of the denoiser, .*got None"),
         (lambda: target(gauss, np.array(ts)), r"got shape \(3,\)"),
@@ -285,7 +286,7 @@ def test_wrong_arguments():
         (lambda: target(lambda x: x, 0.5), "t must be left out for a log density, got 0.5"),
         (lambda: target(lambda x: x).score(x), r"returns one number, \(\), got shape \(2,\)"),
         (lambda: ula(gauss, 0.1), r"ula: target must be made by target\(...\)"),
-        (lambda: ula(law, 0.0), "ula: h must be a finite number"),
+        (lambda: ula(law, 0.0), "ula: step_size must be a finite number"),
         (lambda: randomised_midpoint(law, -1.0), "got -1.0"),
         (lambda: mala(target(net, 0.5), 0.1), "mala: target must be one with a log density"),
         (lambda: baoab(law, 0.1, np.inf), "baoab: gamma must be a finite number"),
@@ -301,7 +302,7 @@ def test_wrong_arguments():
         (lambda: anneal(law), "denoiser must be a jaxdiff denoiser"),
         (lambda: anneal(ts=ts[::-1]), "strictly decreasing"),
         (lambda: anneal(steps=0), "steps must be a whole number"),
-        (lambda: anneal(size=0), "size must be a finite number"),
+        (lambda: anneal(step_size=0), "step_size must be a finite number"),
         (
             lambda: anneal(exact.gaussian(Rectified(), [0.0, 0.0], 1.0), [1.0, 0.5, 0.0]),
             r"ts\[0\] must be a time of finite log-SNR, got t=1.0",

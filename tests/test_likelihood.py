@@ -16,7 +16,7 @@ from diffrax._local_interpolation import ThirdOrderHermitePolynomialInterpolatio
 from helpers import PROCESSES
 
 import jaxdiff as jd
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace, Hutchinson
+from jaxdiff.fisher.heads import AbstractTrace, ExactTrace, Hutchinson
 from jaxdiff.likelihood import bits_per_dim, dequantise, log_prob
 
 D = 8

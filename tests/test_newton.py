@@ -8,9 +8,16 @@ from oracles import GaussianMixture
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff._linalg import eigh
-from jaxdiff.fisher import Curvature, Newton, RankOne, rank_one_divergence
-from jaxdiff.particles import newton, run, target
+from jaxdiff._numerics import eigh
+from jaxdiff.fisher import (
+    Curvature,
+    CurvatureFn,
+    Eigen,
+    Newton,
+    RankOne,
+    rank_one_divergence,
+)
+from jaxdiff.mcmc import newton, run, target
 from jaxdiff.process import EDM
 from jaxdiff.score import Denoiser
 
@@ -103,13 +110,13 @@ def test_the_metric_is_the_damped_inverse():
 def test_the_adapted_metric_is_bounded_where_all_curvature_vanishes():
     """Between two modes on a line, and on a law that is flat: m = x, so R = I."""
     line = exact.mixture(PATH, [1.0, 1.0], [[-1.0], [1.0]], 0.05)
-    rule = Newton(EXACT, size=0.1, damping=0.5, condition=10.0)
+    rule = Newton(EXACT, step_size=0.1, damping=0.5, condition=10.0)
     x = jnp.linspace(-1.5, 1.5, 2001)[:, None]
     eigen = jax.vmap(lambda x: rule.curvature(line, T, x, None))(x)
     a, p = jax.vmap(lambda e: rule._scales(e, 1))(eigen)
     assert np.abs(a[:, 0]).min() < 1e-2 and p[:, 0].max() < 1 / 0.5 + 1e-9
     flat = Denoiser(PATH, lambda t, x, cond=None: x)
-    step = Newton(size=0.1, condition=10.0)(flat, T, jnp.ones(3), jnp.ones(3))
+    step = Newton(step_size=0.1, condition=10.0)(flat, T, jnp.ones(3), jnp.ones(3))
     assert np.isfinite(step).all()
 
 
@@ -119,7 +126,7 @@ def test_the_correction_is_the_divergence_of_the_metric():
     In the library the sum of a step and its correction is formed; here their difference from the
     uncorrected step, which is `h` times the estimate.
     """
-    rule, plain = (Newton(EXACT, size=0.1, damping=0.1, correct=c) for c in (True, False))
+    rule, plain = (Newton(EXACT, step_size=0.1, damping=0.1, correct=c) for c in (True, False))
     z = jax.random.normal(jax.random.key(0), (40_000, 2))
     for x in POINTS:
         truth = np.einsum("ijj->i", jax.jacfwd(lambda x: metric(rule, x))(jnp.asarray(x)))
@@ -148,6 +155,28 @@ def test_the_divergence_of_the_rank_one_metric():
             jnp.asarray(eps), jnp.asarray(fisher @ eps), np.trace(fisher), T, delta
         )
         np.testing.assert_allclose(gamma, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_a_curvature_made_by_hand():
+    """That of a Gaussian, with an eigenvector that is no axis, steps as the built-in one."""
+    turn = np.array([[0.8, -0.6], [0.6, 0.8]])
+    spread = np.array([0.5, 0.02])
+    law = exact.gaussian(PATH, np.zeros(2), turn @ np.diag(spread) @ turn.T)
+
+    def by_hand(denoiser, t, x, cond):
+        sigma = denoiser.process.sigma(t)
+        return Eigen(spread / (spread + sigma**2), jnp.asarray(turn.T))
+
+    assert isinstance(by_hand, CurvatureFn) and isinstance(EXACT, CurvatureFn)
+    x, z = jnp.array([0.7, -0.4]), jnp.array([0.3, 1.1])
+    steps = [Newton(c, step_size=0.3, damping=0.2)(law, T, x, z) for c in (by_hand, EXACT)]
+    # by NumPy: P = sigma^2 (a^2 + delta^2)^(-1/2), a = sigma^2 F, along the two eigenvectors
+    a = T**2 / (spread + T**2)
+    rate = 0.3 * a / np.hypot(a, 0.2)
+    keep, noise = np.exp(-rate), np.sqrt((spread + T**2) * -np.expm1(-2 * rate))
+    truth = turn @ (keep * (turn.T @ x)) + turn @ (noise * (turn.T @ z))
+    for step in steps:
+        np.testing.assert_allclose(step, truth, rtol=1e-9)
 
 
 # --- A Gaussian, on which a step is affine and its law exact. -------------------------------------
@@ -187,7 +216,8 @@ def test_newton_is_ten_times_sooner_than_langevin():
     for integrator in ("exponential", "euler"):
         sizes = (0.3, 0.5) if integrator == "exponential" else (0.05, 0.1)
         rules = (
-            Newton(EXACT, size=h, damping=1e-3, correct=False, integrator=integrator) for h in sizes
+            Newton(EXACT, step_size=h, damping=1e-3, correct=False, integrator=integrator)
+            for h in sizes
         )
         second = min(steps_to(0.1, *affine(rule)) for rule in rules)
         assert 10 * second <= first, (integrator, first, second)
@@ -196,10 +226,10 @@ def test_newton_is_ten_times_sooner_than_langevin():
 def test_the_exponential_step_has_no_bias_on_a_gaussian():
     """Whatever the size and the damping: the covariance of the target is a fixed point."""
     for size, damping in ((0.1, 0.5), (1.0, 1e-3), (30.0, 0.1)):
-        move, noise = affine(Newton(EXACT, size=size, damping=damping))
+        move, noise = affine(Newton(EXACT, step_size=size, damping=damping))
         fixed = move @ np.diag(TOTAL) @ move.T + noise @ noise.T
         np.testing.assert_allclose(fixed, np.diag(TOTAL), rtol=1e-9, atol=1e-9 * TOTAL.min())
-    move, noise = affine(Newton(EXACT, size=0.5, damping=0.5, integrator="euler"))
+    move, noise = affine(Newton(EXACT, step_size=0.5, damping=0.5, integrator="euler"))
     fixed = move @ np.diag(TOTAL) @ move.T + noise @ noise.T
     assert np.max(np.diag(fixed) / TOTAL) > 1.1
 
@@ -244,7 +274,7 @@ def chains(kernel, steps, n=8000, seed=0):
 @pytest.mark.parametrize("size,damping", [(0.5, 0.1), (2.0, 0.02)])
 def test_the_adjusted_chain_is_exact(size, damping):
     """At 4 standard errors of 8,000 chains, with steps at which the unadjusted one is far off."""
-    law, rule = target(LAW, T), Newton(EXACT, size=size, damping=damping, correct=False)
+    law, rule = target(LAW, T), Newton(EXACT, step_size=size, damping=damping, correct=False)
     assert off(chains(newton(law, rule, metropolis=True), 60)).max() < 4
     assert off(chains(newton(law, rule), 60)).max() > 8
 
@@ -252,7 +282,7 @@ def test_the_adjusted_chain_is_exact(size, damping):
 def test_the_corrected_chain_keeps_the_law():
     """Small steps: at 4 standard errors with the correction, and far off without it."""
     law = target(LAW, T)
-    right, wrong = (Newton(EXACT, size=0.03, damping=0.5, correct=c) for c in (True, False))
+    right, wrong = (Newton(EXACT, step_size=0.03, damping=0.5, correct=c) for c in (True, False))
     assert off(chains(newton(law, right), 150)).max() < 4
     assert off(chains(newton(law, wrong), 150)).max() > 8
     assert off(chains(newton(law, RankOne(0.05, 1.0, "exact")), 60)).max() < 4
@@ -264,7 +294,7 @@ def test_the_corrector_of_a_sampler():
 
     def ends(curvature):
         solver = jd.solvers.LangevinCorrected(
-            jd.solvers.DDIM(), kernel=Newton(curvature, size=0.5, damping=0.5)
+            jd.solvers.DDIM(), kernel=Newton(curvature, step_size=0.5, damping=0.5)
         )
         return jd.sample(key, LAW, (2,), num=500, solver=solver, ts=ts).x
 
@@ -280,9 +310,9 @@ def test_a_log_density_is_a_denoiser_at_sigma_one():
     """Adjusted chains on the density of the mixture; the acceptance is that of the exact form."""
     density = target(lambda x: DATA.log_density(x, 1.0, T))
     start, key = jnp.asarray([0.4, -0.2]), jax.random.key(5)
-    rule = Newton(size=0.4, damping=0.1)
+    rule = Newton(step_size=0.4, damping=0.1)
     # in units of F itself, where the denoiser counts in units of 1 / sigma^2
-    other = Newton(size=0.4, damping=0.1 * T**2)
+    other = Newton(step_size=0.4, damping=0.1 * T**2)
     ends = [
         run(key, newton(law, r, metropolis=True), start, 25, trajectory=True)
         for law, r in ((density, rule), (target(LAW, T), other))
@@ -297,7 +327,7 @@ def test_float32_and_images():
     data = np.random.default_rng(0).standard_normal((30, 2, 3, 1))
     law, x, z = exact.empirical(PATH, data), data[0] + 0.2, data[1]
     for curvature in (EXACT, Curvature("jvp"), Curvature("neighbours", 8)):
-        rule = Newton(curvature, size=0.3, damping=0.3)
+        rule = Newton(curvature, step_size=0.3, damping=0.3)
         step = jax.jit(lambda x, z, rule=rule: rule(law, T, x, z))
         wide = step(jnp.asarray(x), jnp.asarray(z))
         narrow = step(jnp.asarray(x, jnp.float32), jnp.asarray(z, jnp.float32))
@@ -318,8 +348,8 @@ def test_refusals():
         (lambda: Curvature("jvp", 3)(net, T, np.ones(2), None), "at most the dimension 2"),
         (lambda: Newton(damping=0.0), "Newton: damping must be a"),
         (lambda: Newton(condition=1.0), "condition must be a"),
-        (lambda: Newton("exact"), "curvature must be a fisher.Curvature"),
-        (lambda: RankOne(size=-1.0), "RankOne: size must be"),
+        (lambda: Newton("exact"), "curvature must be a function of .* as fisher.Curvature"),
+        (lambda: RankOne(step_size=-1.0), "RankOne: step_size must be"),
         (lambda: newton(target(net, T), metropolis=True), "target must be one with a log density"),
         (
             lambda: newton(target(LAW, T), RankOne(), metropolis=True),

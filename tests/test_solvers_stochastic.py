@@ -17,7 +17,7 @@ import scipy.stats
 from helpers import PROCESSES, each
 
 import jaxdiff as jd
-from jaxdiff._types import SOLVER, stream
+from jaxdiff._keys import SOLVER, stream
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers import DDIM, DPMpp2M, EulerMaruyama, GridBrownian, UniPC, pf_ode
 from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise

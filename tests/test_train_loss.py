@@ -7,7 +7,7 @@ import scipy.stats
 from helpers import PROCESSES, each_process, inner_times
 
 from jaxdiff import exact
-from jaxdiff.fisher.trace import TraceHead
+from jaxdiff.fisher.heads import TraceHead
 from jaxdiff.process import EDM, VE, VP, Rectified
 from jaxdiff.score import PREDICTIONS, Denoiser
 from jaxdiff.train import loss

@@ -11,9 +11,9 @@ from oracles import GaussianMixture
 from jaxdiff import exact, grids, sampling, solvers
 from jaxdiff.process import EDM, VP, Rectified
 from jaxdiff.score import Denoiser
-from jaxdiff.tuning.gits import gits, jump_costs, shortest_path
+from jaxdiff.tuning.align import align_your_steps, klub
 from jaxdiff.tuning.kinetic import kinetic_energy, kinetic_grid
-from jaxdiff.tuning.klub import align_your_steps, klub
+from jaxdiff.tuning.trajectories import gits, jump_costs, shortest_path
 
 C, KEY = 0.5, jax.random.key(0)
 NOISE = EDM(sigma_min=0.02, sigma_max=20.0)

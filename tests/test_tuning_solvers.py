@@ -14,11 +14,10 @@ import jaxdiff as jd
 from jaxdiff import exact
 from jaxdiff.process import EDM, VP
 from jaxdiff.solvers import DDIM, DPMpp2M, DPMpp3M, EulerMaruyama, RungeKutta, UniPC, pf_ode
+from jaxdiff.solvers.fitted import Fitted
+from jaxdiff.solvers.scheduled import Schedule, Scheduled
 from jaxdiff.solvers.v3 import DPMSolverV3, Statistics, _divided
 from jaxdiff.tuning import (
-    Fitted,
-    Schedule,
-    Scheduled,
     distance,
     distil,
     integration_approximation,

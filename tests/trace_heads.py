@@ -9,7 +9,7 @@ import optax
 from oracles import GaussianMixture
 
 from jaxdiff import exact, score, train
-from jaxdiff.fisher.trace import TraceHead
+from jaxdiff.fisher.heads import TraceHead
 from jaxdiff.process import VP
 
 PATH, D = VP(), 16

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
+from jaxdiff._array import Cond
 from jaxdiff._passengers import At, Ride, Road, ride, road
 from jaxdiff._sampler import Samples
 from jaxdiff._status import first_failure, or_nan, status
-from jaxdiff._types import Cond
 from jaxdiff.adjoint.pullback import Cov, Loss, Pullback, is_loss, pullback, scalar
 from jaxdiff.adjoint.terminal import Gradient
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import AbstractDenoiser, floating
 
 

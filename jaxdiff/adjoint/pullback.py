@@ -37,10 +37,11 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import PROBES, Cond, ScalarLike, stream
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._keys import PROBES, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
+from jaxdiff.fisher.heads import AbstractTrace, ExactTrace
 from jaxdiff.fisher.operators import difference_step, posterior_cov
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 

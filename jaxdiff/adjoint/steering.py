@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
 from jaxdiff._loop import over_steps
 from jaxdiff._sampler import Sampler, Samples, State
 from jaxdiff._status import or_nan, status
-from jaxdiff._types import Cond, ScalarLike, is_concrete, stream
 from jaxdiff.adjoint.pullback import Cov, Loss, scalar
 from jaxdiff.adjoint.terminal import Problem, gradient, problem
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import floating
 
 

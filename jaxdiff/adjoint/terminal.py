@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
+from jaxdiff._array import Cond, Scalar
 from jaxdiff._gaussian import GridSolve, PairSolve
 from jaxdiff._sampler import Sampler, Samples
 from jaxdiff._status import or_nan, status
-from jaxdiff._types import Cond, Scalar
 from jaxdiff.adjoint.pullback import Cov, Loss, Pullback, WithCov, is_loss, pullback, scalar
-from jaxdiff.fisher.trace import AbstractTrace
+from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import floating
 from jaxdiff.solvers.travel import ReversibleAdjoint
 

@@ -1,6 +1,14 @@
 """Second-order information of a denoiser, without Hessians."""
 
-from jaxdiff import streaming
+from jaxdiff.fisher.atoms import effective_sample_size, neighbours
+from jaxdiff.fisher.curvature import (
+    Curvature,
+    CurvatureFn,
+    Eigen,
+    Newton,
+    RankOne,
+    rank_one_divergence,
+)
 from jaxdiff.fisher.endpoint import (
     endpoint_bound,
     endpoint_cov,
@@ -8,24 +16,26 @@ from jaxdiff.fisher.endpoint import (
     gated_cov,
     isotropic_cov,
 )
-from jaxdiff.fisher.lowrank import DiagLowRank, effective_sample_size, lanczos, neighbours
-from jaxdiff.fisher.newton import Curvature, Newton, RankOne, rank_one_divergence
-from jaxdiff.fisher.operators import diagonal, fisher, posterior_cov, solve
-from jaxdiff.fisher.spectrum import effective_rank, eigsh, intrinsic_dimension, logdet
-from jaxdiff.fisher.trace import (
+from jaxdiff.fisher.heads import (
     AbstractTrace,
     ExactTrace,
     Hutchinson,
     HutchPP,
     TraceHead,
+    intrinsic_dimension,
     matching_bound,
-    trace,
 )
+from jaxdiff.fisher.operators import fisher, posterior_cov, solve
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
+from jaxdiff.linalg.estimators import diagonal, trace
+from jaxdiff.linalg.spectrum import effective_rank, eigsh, lanczos, logdet
 
 __all__ = [
     "AbstractTrace",
     "Curvature",
+    "CurvatureFn",
     "DiagLowRank",
+    "Eigen",
     "ExactTrace",
     "HutchPP",
     "Hutchinson",
@@ -50,6 +60,5 @@ __all__ = [
     "posterior_cov",
     "rank_one_divergence",
     "solve",
-    "streaming",
     "trace",
 ]

@@ -23,11 +23,13 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike
-from jaxdiff.fisher.lowrank import DiagLowRank
-from jaxdiff.fisher.operators import is_operator
+from jaxdiff._array import Cond, Scalar, ScalarLike
+from jaxdiff.linalg.diag_low_rank import DiagLowRank
+from jaxdiff.linalg.estimators import is_operator
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = ["Kind", "endpoint_bound", "endpoint_cov", "fisher_of", "gated_cov", "isotropic_cov"]
 
 Kind: TypeAlias = Literal["centred", "raw"]
 

@@ -22,8 +22,8 @@ or, where the data are known, a weighted sum of outer products: never a Hessian.
 
 The first five are $F$ itself (`"fd"` to about half the digits that
 `x` has beside $\sigma$), the last two low-rank
-approximations of $R$, which leave the rest of $F$ isotropic: `lowrank.neighbours` bounds what is
-left out, `spectrum.eigsh` shows how far the iteration has come. Their operators are `DiagLowRank`,
+approximations of $R$, which leave the rest of $F$ isotropic: `neighbours` bounds what is left
+out, `eigsh` shows how far the iteration has come. Their operators are `DiagLowRank`,
 for which `solve`, `diagonal` and `logdet` are exact.
 
 $R$ and $C$ are positive semidefinite, $F$ is not: between modes $R$ has eigenvalues above 1.
@@ -38,14 +38,18 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, ScalarLike, time_dtype
-from jaxdiff.fisher.lowrank import DiagLowRank, lanczos, neighbours, woodbury
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff.fisher.atoms import neighbours
+from jaxdiff.linalg.diag_low_rank import DiagLowRank, woodbury
+from jaxdiff.linalg.estimators import is_operator
+from jaxdiff.linalg.spectrum import lanczos
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = ["Method", "difference_step", "fisher", "posterior_cov", "solve"]
 
 Method: TypeAlias = Literal["jvp", "fd", "exact", "neighbours", "lanczos"]
 
 _LOW_RANK = ("neighbours", "lanczos")
-_CHUNK = 16  # products that `diagonal` carries at once
 
 
 class _Jvp(eqx.Module):
@@ -144,14 +148,6 @@ def _affine(inner: DiagLowRank, a: Any, b: Any, *tags: object) -> DiagLowRank:
     """Return `a I + b A`."""
     a, b = (jnp.asarray(c, inner.weights.dtype) for c in (a, b))
     return DiagLowRank(a + b * inner.shift, inner.factors, b * inner.weights, frozenset(tags))
-
-
-def is_operator(where: str, operator: Any) -> None:
-    """Raise ValueError unless `operator` is a square lineax operator."""
-    if not isinstance(operator, lx.AbstractLinearOperator):
-        raise _check.bad(where, "operator", "a lineax linear operator", type(operator).__name__)
-    if operator.in_structure() != operator.out_structure():
-        raise _check.bad(where, "operator", "square", operator.out_structure().shape)
 
 
 def _known(
@@ -288,56 +284,6 @@ def posterior_cov(
     inner = _noise_jacobian(denoiser, t, x, cond, method, symmetrise)
     tags = (lx.symmetric_tag,) if symmetrise else ()
     return _operator(_Scaled(inner, ratio, -ratio * sigma), x, *tags)
-
-
-def diagonal(
-    operator: lx.AbstractLinearOperator,
-    key: PRNGKeyArray | None = None,
-    *,
-    probes: int | None = None,
-) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
-    r"""Return the diagonal of an operator and its standard error, element by element.
-
-    Without `probes` it is exact: d products with the unit vectors, or none for a `DiagLowRank`.
-    With Rademacher probes it is unbiased,
-
-    $$ \mathrm{diag}\,A = E[v \odot A v] \approx \frac1n\sum_{i=1}^n v_i \odot A v_i, $$
-
-    with a variance of element $j$ of $\frac1n\sum_{k\ne j} A_{jk}^2$ for a symmetric operator.
-
-    Args:
-        operator: a square operator on arrays of any one shape.
-        key: for the probes.
-        probes: number of probes n, at least 2; None for the exact diagonal.
-
-    Returns:
-        The diagonal and the standard error of its estimate (0 if exact), both (*dims,).
-
-    Raises:
-        ValueError: if `probes` is given without `key`, or is less than 2.
-
-    References:
-        Bekas, Kokiopoulou, Saad 2007, "An estimator for the diagonal of a matrix".
-    """
-    is_operator("diagonal", operator)
-    structure = operator.in_structure()
-    shape, dtype, d = structure.shape, structure.dtype, structure.size
-    if probes is None:
-        if isinstance(operator, DiagLowRank):
-            exactly = lx.diagonal(operator)
-        else:
-
-            def entry(i: Array) -> Array:
-                unit = jnp.zeros(d, dtype).at[i].set(1)
-                return operator.mv(unit.reshape(shape)).reshape(-1)[i]
-
-            exactly = jax.lax.map(entry, jnp.arange(d), batch_size=min(_CHUNK, d))
-        return exactly.reshape(shape), jnp.zeros(shape, exactly.dtype)
-    _check.whole("diagonal", "probes", probes, 2)
-    keys = jax.random.split(_check.key("diagonal", "key", key), probes)
-    v = jax.vmap(lambda key: jax.random.rademacher(key, shape, dtype))(keys)
-    values = (v * jax.vmap(operator.mv)(v)).astype(time_dtype(dtype))
-    return jnp.mean(values, axis=0), jnp.std(values, axis=0, ddof=1) / jnp.sqrt(probes)
 
 
 def solve(

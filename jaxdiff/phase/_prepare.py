@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff import _check, grids
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff._sampler import AbstractSolve, State, prepare
 from jaxdiff._status import SUCCESS
-from jaxdiff._types import INIT, SOLVER, Cond, host64, is_concrete, stream, time_dtype
 from jaxdiff.phase.denoiser import AbstractDenoiser, Head
 from jaxdiff.phase.process import apply
 from jaxdiff.phase.solvers import AbstractPhaseSolver, Stage

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, score
-from jaxdiff._types import Cond, NetFn, ScalarLike, time_dtype
+from jaxdiff._array import Cond, NetFn, ScalarLike, time_dtype
 from jaxdiff.phase.process import FACTORS, Factor, LinearSDE, Matrix, apply, inverse, product
 from jaxdiff.score import floating
+
+__all__ = ["KINDS", "AbstractDenoiser", "Denoiser", "Head", "Kind", "Lifted"]
 
 Kind: TypeAlias = Literal["eps", "score"]
 KINDS = ("eps", "score")

@@ -38,9 +38,28 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Scalar, ScalarLike, is_concrete, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._host import is_concrete
+from jaxdiff._numerics import safe_sqrt
 from jaxdiff.process import EDM
 from jaxdiff.score import floating
+
+__all__ = [
+    "CLD",
+    "FACTORS",
+    "MASSES",
+    "POINTS",
+    "PSLD",
+    "Factor",
+    "LinearSDE",
+    "Matrix",
+    "apply",
+    "cholesky",
+    "exponential",
+    "inverse",
+    "product",
+    "spread",
+]
 
 Factor: TypeAlias = Literal["cholesky", "r"]
 FACTORS = ("cholesky", "r")
@@ -138,7 +157,7 @@ def cholesky(cov: Any, v: Any = (0.0, 0.0), weight: ScalarLike = 0.0) -> Array:
     root = jnp.sqrt(jnp.where(empty, 1.0, xx))
     rest = jnp.where(empty, pp, det / jnp.where(empty, 1.0, xx))
     # Round-off may leave a rank-one matrix a determinant below zero.
-    last = jnp.where(rest > 0, jnp.sqrt(jnp.where(rest > 0, rest, 1.0)), 0.0)
+    last = safe_sqrt(rest)
     zero = jnp.zeros_like(root)
     lower = [[jnp.where(empty, zero, root), zero], [jnp.where(empty, zero, xp / root), last]]
     return jnp.array(lower)

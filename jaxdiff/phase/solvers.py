@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdiff import _check
-from jaxdiff._types import host64, is_concrete
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.phase.denoiser import Head
 from jaxdiff.phase.process import (
     FACTORS,
@@ -39,6 +39,19 @@ from jaxdiff.phase.process import (
     product,
     spread,
 )
+
+__all__ = [
+    "GDDIM",
+    "SSCS",
+    "AbstractPhaseSolver",
+    "Conjugate",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "Rotation",
+    "Splitting",
+    "Stage",
+]
 
 
 class Stage(NamedTuple):

@@ -4,6 +4,7 @@ from jaxdiff.solvers.correctors import Churn, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import DDIM, transfer
+from jaxdiff.solvers.fitted import Fitted
 from jaxdiff.solvers.hooks import Between, Hook, Langevin
 from jaxdiff.solvers.lml import LML
 from jaxdiff.solvers.momentum import GHVB, HeavyBall
@@ -16,6 +17,7 @@ from jaxdiff.solvers.reversible import (
     SymmetricLeapfrog,
     VelocityLeapfrog,
 )
+from jaxdiff.solvers.scheduled import Schedule, Scheduled
 from jaxdiff.solvers.secant import LocalGaussian, Secant
 from jaxdiff.solvers.seeds import SEEDS, DPMppSDE
 from jaxdiff.solvers.singlestep import ExponentialRK, Heun, PseudoRK4, RungeKutta
@@ -57,6 +59,7 @@ __all__ = [
     "EulerMaruyama",
     "ExponentialRK",
     "Field",
+    "Fitted",
     "GridBrownian",
     "HeavyBall",
     "Heun",
@@ -71,6 +74,8 @@ __all__ = [
     "Row",
     "RungeKutta",
     "SASolver",
+    "Schedule",
+    "Scheduled",
     "Secant",
     "SplitNoise",
     "Statistics",

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import ScalarLike, is_concrete
+from jaxdiff._array import ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._numerics import safe_sqrt
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import ENDLESS, AbstractGridSolver, Row, State, combine
 from jaxdiff.solvers.exponential import transfer
@@ -24,10 +26,7 @@ from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.singlestep import TABLEAUS, RungeKutta, Tableau
 from jaxdiff.solvers.terms import View
 
-
-def _half(root: Array) -> Array:
-    """Return the square root, with slope 0 instead of infinity at 0."""
-    return jnp.where(root > 0, jnp.sqrt(jnp.where(root > 0, root, 1.0)), 0.0)
+__all__ = ["Churn", "SplitNoise"]
 
 
 class Churn(AbstractGridSolver):
@@ -104,7 +103,7 @@ class Churn(AbstractGridSolver):
         lifted = jnp.minimum(process.t_of_lam(lam0 - jnp.log1p(gamma)), process.t_max)
         spent = -jnp.expm1(-2 * (lam0 - process.lam(lifted)))
         lift = jnp.where(inside, process.alpha(lifted) / process.alpha(t0), 1.0)
-        noise = jnp.where(inside, self.noise * process.sigma(lifted) * _half(spent), 0.0)
+        noise = jnp.where(inside, self.noise * process.sigma(lifted) * safe_sqrt(spent), 0.0)
         lifted = jnp.where(inside, lifted, ts[1])
         return lift, noise, lifted, self._inner.row(process, jnp.stack([ts[0], lifted]), n, left)
 

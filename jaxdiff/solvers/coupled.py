@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State
 from jaxdiff.solvers.reversible import AbstractReversible, Pair
 from jaxdiff.solvers.terms import View
+
+__all__ = ["EDICT", "McCallumFoster"]
 
 
 class _Coupled(NamedTuple):

@@ -28,10 +28,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxdiff._types import Cond, host64, is_concrete, time_dtype
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.terms import View, view
+
+__all__ = ["ENDLESS", "AbstractGridSolver", "Output", "Row", "State", "combine"]
 
 Output: TypeAlias = Literal["x0", "eps", "velocity"]
 ENDLESS = 2**30  # steps left where nobody knows

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike, is_concrete
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.quadrature import log_snr_step
+
+__all__ = ["DDIM", "transfer"]
 
 
 def _log_kept(eta: Array, h: Array) -> Array:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, ScalarLike, stream
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._keys import stream
 from jaxdiff.score import AbstractDenoiser
 
 

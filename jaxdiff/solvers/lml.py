@@ -30,14 +30,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._linalg import norm
-from jaxdiff._types import Scalar, ScalarLike, is_concrete, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._host import is_concrete
+from jaxdiff._numerics import norm
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import floating
 from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.exponential import DDIM, transfer
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
+
+__all__ = ["DAMPING", "LML", "Placement", "turn"]
 
 Placement: TypeAlias = Literal["noise", "increment", "velocity"]
 

@@ -21,13 +21,15 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
+
+__all__ = ["GHVB", "HeavyBall", "adams_moments", "noise_gain"]
 
 
 def _beta(where: str, beta: Any) -> None:

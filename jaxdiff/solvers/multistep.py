@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import ScalarLike
+from jaxdiff._array import ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Output, Row, State
 from jaxdiff.solvers.exponential import transfer
@@ -36,6 +36,18 @@ from jaxdiff.solvers.quadrature import (
 )
 from jaxdiff.solvers.terms import View
 from jaxdiff.solvers.wrapper import AbstractWrapper
+
+__all__ = [
+    "DEIS",
+    "PNDM",
+    "DPMpp2M",
+    "DPMpp3M",
+    "UniPC",
+    "WarmStart",
+    "adams",
+    "limit",
+    "step_length",
+]
 
 
 def step_length(process: AbstractProcess, ts: Array) -> tuple[Array, Array]:

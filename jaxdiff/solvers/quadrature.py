@@ -25,8 +25,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
+
+__all__ = [
+    "Chi",
+    "clock",
+    "history",
+    "integral",
+    "integrals",
+    "log_snr_step",
+    "of_mean",
+    "of_noise",
+    "phi",
+]
 
 Chi: TypeAlias = Literal["lam", "s", "t", "angle"]
 

@@ -44,11 +44,25 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike, is_concrete
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.quadrature import log_snr_step
 from jaxdiff.solvers.terms import View
+
+__all__ = [
+    "BDIA",
+    "BELM",
+    "AbstractLeapfrog",
+    "AbstractReversible",
+    "AbstractTwoStep",
+    "Inverted",
+    "Pair",
+    "SymmetricLeapfrog",
+    "VelocityLeapfrog",
+    "kind",
+]
 
 Pair: TypeAlias = tuple[Array, Array]
 

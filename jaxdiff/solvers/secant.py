@@ -29,14 +29,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._linalg import eigh, norm
-from jaxdiff._types import Scalar, ScalarLike, time_dtype
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._numerics import eigh, norm
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import history
 from jaxdiff.solvers.terms import View
+
+__all__ = ["LocalGaussian", "Secant", "bend"]
 
 
 class _Span(NamedTuple):

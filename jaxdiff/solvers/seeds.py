@@ -19,12 +19,14 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
 from jaxdiff.solvers.quadrature import phi
+
+__all__ = ["SEEDS", "DPMppSDE"]
 
 
 def _shares(where: str, r: Any, number: int) -> None:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike
+from jaxdiff._array import Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Output, Row
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.quadrature import log_snr_step, phi
+
+__all__ = ["TABLEAUS", "ExponentialRK", "Heun", "PseudoRK4", "RungeKutta", "Tableau", "transfer_to"]
 
 Tableau: TypeAlias = Literal["euler", "midpoint", "heun", "kutta3", "rk4"]
 

@@ -28,7 +28,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike, is_concrete
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row
 from jaxdiff.solvers.exponential import transfer
@@ -41,6 +42,8 @@ from jaxdiff.solvers.quadrature import (
     of_mean,
     phi,
 )
+
+__all__ = ["ERSDE", "DPMpp2MSDE", "EulerMaruyama", "Phi", "ReverseDiffusion", "SASolver", "keep"]
 
 Phi: TypeAlias = Literal["ode", "sde", "sde1", "sde2", "sde3", "sde4", "sde5"]
 

@@ -26,9 +26,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Cond, Scalar, ScalarLike
+from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
+
+__all__ = [
+    "USES",
+    "AdditiveNoise",
+    "Clock",
+    "ClockName",
+    "Field",
+    "GridBrownian",
+    "View",
+    "log_snr_drift",
+    "pf_ode",
+    "reverse_sde",
+    "view",
+]
 
 ClockName: TypeAlias = Literal["t", "r", "s", "lam", "u"]
 

@@ -43,6 +43,7 @@ def _at(denoiser: AbstractDenoiser, cond: Any, t: Array) -> View:
 
 
 def step_pair(shared: Any, row: Any, t: Array, pair: Pair, name: str = "forward") -> Pair:
+    """Step a pair `forward` or `backward`; `shared` are solver, denoiser and condition."""
     solver, denoiser, cond = shared
     return getattr(solver, name)(_at(denoiser, cond, t), row, t, pair)
 

@@ -28,13 +28,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check
-from jaxdiff._types import ScalarLike, host64, is_concrete
+from jaxdiff._array import ScalarLike
+from jaxdiff._host import host64, is_concrete
 from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import limit, step_length
 from jaxdiff.solvers.quadrature import history, integral, integrals, log_snr_step
 from jaxdiff.solvers.terms import View
+
+__all__ = ["Curves", "DPMSolverV3", "Statistics"]
 
 _SLACK = 1e-3  # how far a grid may leave the statistics, in log-SNR: the round-off of its ends
 

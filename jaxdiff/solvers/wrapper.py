@@ -9,6 +9,8 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Output, State
 from jaxdiff.solvers.terms import View
 
+__all__ = ["AbstractWrapper"]
+
 
 class AbstractWrapper(AbstractGridSolver):
     """A solver that is `solver` until a subclass says otherwise.

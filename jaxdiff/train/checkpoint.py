@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 
 from jaxdiff import _check
 
+__all__ = ["CheckpointError", "latest", "prepare", "restore", "save"]
+
 _FORMAT = 1
 _ARRAYS, _MANIFEST = "state", "manifest.json"
 _NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: being replaced by a save of the same step

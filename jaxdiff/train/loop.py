@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import stream
+from jaxdiff._keys import stream
 from jaxdiff.train import checkpoint
 from jaxdiff.train.state import TrainState
+
+__all__ = ["epochs", "fit"]
 
 # Losses are fetched from the device once this many wait, or after this many seconds.
 _PENDING, _SECONDS = 64, 0.2

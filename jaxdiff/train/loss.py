@@ -26,9 +26,28 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check, score
-from jaxdiff._types import Cond, Scalar, ScalarLike, host64, is_concrete, stream
-from jaxdiff.fisher.trace import TraceHead
+from jaxdiff._array import Cond, Scalar, ScalarLike
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import stream
+from jaxdiff.fisher.heads import TraceHead
 from jaxdiff.process import AbstractProcess
+
+__all__ = [
+    "WEIGHTS",
+    "SampleTime",
+    "Weight",
+    "batch_loss",
+    "batch_trace_loss",
+    "denoising_loss",
+    "edm",
+    "lognormal_time",
+    "logsnr_time",
+    "min_snr",
+    "p2",
+    "sigmoid",
+    "trace_loss",
+    "uniform_time",
+]
 
 Weight: TypeAlias = Callable[[Any], Any]
 SampleTime: TypeAlias = Callable[[AbstractProcess, Any], Any]

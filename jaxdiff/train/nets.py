@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxdiff import _check
 
+__all__ = ["MLP", "TraceNet", "UNet", "time_features"]
+
 _ZEROS = nn.initializers.zeros_init()
 
 

@@ -11,7 +11,9 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
-from jaxdiff._types import stream
+from jaxdiff._keys import stream
+
+__all__ = ["TrainState", "init", "make_step"]
 
 
 class TrainState(NamedTuple):

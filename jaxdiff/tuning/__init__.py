@@ -1,26 +1,21 @@
 """What is fitted to a model once and then used: grids, coefficients, statistics, schedules."""
 
-from jaxdiff.tuning.coefficients import Fitted, distil, integration_approximation, subspace
-from jaxdiff.tuning.gits import gits
+from jaxdiff.tuning.align import align_your_steps, klub
+from jaxdiff.tuning.coefficients import distil, integration_approximation, subspace
 from jaxdiff.tuning.kinetic import kinetic_grid
-from jaxdiff.tuning.klub import align_your_steps, klub
 from jaxdiff.tuning.search import (
     Distance,
     Found,
-    Schedule,
-    Scheduled,
     distance,
     search_grid,
     search_schedule,
 )
 from jaxdiff.tuning.statistics import model_statistics
+from jaxdiff.tuning.trajectories import gits
 
 __all__ = [
     "Distance",
-    "Fitted",
     "Found",
-    "Schedule",
-    "Scheduled",
     "align_your_steps",
     "distance",
     "distil",

@@ -30,9 +30,12 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Cond, is_concrete, time_dtype
+from jaxdiff._array import Cond, time_dtype
+from jaxdiff._host import is_concrete
 from jaxdiff.score import AbstractDenoiser
-from jaxdiff.tuning.klub import average, rows_of
+from jaxdiff.tuning.align import average, rows_of
+
+__all__ = ["kinetic_energy", "kinetic_grid"]
 
 
 @eqx.filter_jit

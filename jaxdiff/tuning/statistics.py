@@ -20,10 +20,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
-from jaxdiff._types import INIT, PROBES, Cond, host64, is_concrete, stream
+from jaxdiff._array import Cond
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import INIT, PROBES, stream
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers.v3 import Statistics
+
+__all__ = ["model_statistics"]
 
 
 def _nodes(process: AbstractProcess, ends: Array, count: Any) -> tuple[Array, Array]:

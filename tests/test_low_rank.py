@@ -9,9 +9,11 @@ from helpers import PROCESSES
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff.fisher import lowrank
-from jaxdiff.fisher.lowrank import DiagLowRank, effective_sample_size, lanczos, neighbours
-from jaxdiff.fisher.operators import diagonal, fisher, posterior_cov, solve
+from jaxdiff.fisher.atoms import effective_sample_size, neighbours
+from jaxdiff.fisher.operators import fisher, posterior_cov, solve
+from jaxdiff.linalg.diag_low_rank import DiagLowRank, determinant
+from jaxdiff.linalg.estimators import diagonal
+from jaxdiff.linalg.spectrum import lanczos, tridiagonalise
 
 VP = PROCESSES["VP"]
 D, N = 6, 200
@@ -98,7 +100,7 @@ def test_woodbury_and_determinant_are_dense_algebra(k, shift):
     want = np.linalg.solve(dense, v.reshape(-1))
     assert relative(got.reshape(-1), want) < 2e-15 * np.linalg.cond(dense)
     sign, value = np.linalg.slogdet(dense)
-    got = lowrank.determinant(a, shift)
+    got = determinant(a, shift)
     np.testing.assert_allclose(got, value if sign > 0 else np.nan, rtol=1e-12, atol=1e-13)
 
 
@@ -119,7 +121,7 @@ def test_derivatives_and_batches_of_the_operator():
                 jnp.sum(a.mv(v) ** 2),
                 jnp.sum(diagonal(a)[0] ** 2),
                 jnp.sum(solve(a, v, shift=0.1)),
-                lowrank.determinant(a, 0.1),
+                determinant(a, 0.1),
             ]
         )
 
@@ -152,7 +154,7 @@ def test_float32_operators_stay_float32():
         (low.mv(v), wide.mv(v)),
         (solve(low, v, shift=0.1), solve(wide, v, shift=0.1)),
         (diagonal(low)[0], diagonal(wide)[0]),
-        (lowrank.determinant(low, 0.1), lowrank.determinant(wide, 0.1)),
+        (determinant(low, 0.1), determinant(wide, 0.1)),
     ):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=2e-6)
@@ -261,7 +263,7 @@ def test_lanczos_is_matfree_where_both_are_defined():
     root = rng.normal(size=(10, 10))
     a = jnp.asarray(root @ root.T)
     v = jnp.asarray(rng.normal(size=10))
-    rows, t = lowrank.tridiagonalise(lx.MatrixLinearOperator(a, lx.symmetric_tag), v, 6)
+    rows, t = tridiagonalise(lx.MatrixLinearOperator(a, lx.symmetric_tag), v, 6)
     other = decomp.tridiag_sym(6, reortho="full")(lambda s: a @ s, v)
     np.testing.assert_allclose(rows, other.Q_tall, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(t, other.J_small, rtol=1e-10, atol=1e-9)
@@ -307,7 +309,7 @@ def test_the_default_start_sees_what_symmetry_hides_from_the_state():
         denoiser.noise_covariance(t, x), jax.ShapeDtypeStruct((3,), x.dtype), lx.symmetric_tag
     )
     top = np.linalg.eigvalsh(operator.as_matrix())[-1]
-    rows, tri = lowrank.tridiagonalise(operator, denoiser.eps(t, x), 1)
+    rows, tri = tridiagonalise(operator, denoiser.eps(t, x), 1)
     assert abs(rows[0, 0]) < 1e-12 and tri[0, 0] < 0.1 * top
     np.testing.assert_allclose(lanczos(operator, 2).weights[-1], top, rtol=1e-10)
     other = lanczos(operator, 2, key=jax.random.key(5)).weights[-1]

@@ -32,9 +32,13 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete, stream, time_dtype
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = ["align_your_steps", "average", "klub", "rows_of"]
 
 _GOLDEN = (5**0.5 - 1) / 2
 

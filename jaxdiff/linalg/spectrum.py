@@ -1,4 +1,4 @@
-r"""What the spectrum of an operator says: determinant, top eigenpairs, ranks, local dimension.
+r"""What the spectrum of an operator says: low rank, determinant, top eigenpairs, effective rank.
 
 Notation: $A$ is a symmetric operator on arrays of d elements, such as $R$, $C$ or $F$ of
 `jaxdiff.fisher.operators`; `Q, T` are its Lanczos vectors and tridiagonal matrix. Everything here
@@ -6,10 +6,10 @@ is products with $A$; a `DiagLowRank` needs none.
 
 | quantity | cost in products | error |
 |---|---|---|
+| `lanczos` | `rank` | none once `rank` exceeds the rank of $A$ |
 | `logdet` | `probes * (order + 1)` | statistical, returned; falls exponentially in `order` |
 | `eigsh` | `steps + k` | residual norms, returned |
 | `effective_rank` | d, or `probes` | statistical, returned |
-| `intrinsic_dimension` | one trace | that of the estimator |
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,140 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._linalg import eigh
-from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
-from jaxdiff.fisher.lowrank import DiagLowRank, determinant, ritz, symmetric, tridiagonalise
-from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
-from jaxdiff.score import AbstractDenoiser
+from jaxdiff._array import Scalar, ScalarLike, time_dtype
+from jaxdiff._keys import INIT, PROBES, stream
+from jaxdiff._numerics import eigh
+from jaxdiff.linalg.diag_low_rank import DiagLowRank, determinant
+
+__all__ = [
+    "Eigenpairs",
+    "effective_rank",
+    "eigsh",
+    "lanczos",
+    "logdet",
+    "ritz",
+    "symmetric",
+    "tridiagonalise",
+]
+
+
+def tridiagonalise(
+    operator: lx.AbstractLinearOperator, v: Float[Array, " d"], steps: int
+) -> tuple[Float[Array, "steps d"], Float[Array, "steps steps"]]:
+    r"""Return orthonormal rows $Q$, the first along `v`, and tridiagonal $T = Q A Q^\top$.
+
+    The Lanczos iteration with full reorthogonalisation: `steps` products and O(steps^2 d) vector
+    work. Where it ends early, because the rows so far span an invariant subspace (for $A = c I$ or
+    $A = 0$ after one step), it goes on with a new direction and a zero in $T$ instead of dividing
+    by zero; $T$ stays exact, and repeated eigenvalues are found as often as they occur.
+
+    Args:
+        operator: $A$, symmetric, on arrays of d elements.
+        v: start, (d,), not zero.
+        steps: number of products, at most d.
+
+    References:
+        Lanczos 1950; Golub, van Loan, "Matrix Computations", 4th ed., section 10.3.
+    """
+    structure = operator.in_structure()
+    tiny = 100 * jnp.finfo(v.dtype).eps  # less than this, relative to |A|, is round-off
+
+    def product(q: Array) -> Array:
+        full = operator.mv(q.reshape(structure.shape).astype(structure.dtype))
+        return full.reshape(-1).astype(v.dtype)
+
+    def orthogonal(w: Array, rows: Array) -> Array:
+        along = jnp.matmul(rows, w, precision="highest")
+        return w - jnp.matmul(along, rows, precision="highest")
+
+    def step(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        rows, w, scale = carry
+        q = w / jnp.linalg.norm(w)
+        rows = rows.at[i].set(q)
+        image = product(q)
+        scale = jnp.maximum(scale, jax.lax.stop_gradient(jnp.sqrt(jnp.sum(image**2))))
+        w = orthogonal(orthogonal(image, rows), rows)
+        goes_on = jax.lax.stop_gradient(jnp.sqrt(jnp.sum(w**2))) > tiny * scale
+        fresh = jax.random.normal(stream(jax.random.key(PROBES), i), w.shape, w.dtype)
+        w = jnp.where(goes_on, w, fresh)
+        beta = jnp.where(goes_on, jnp.linalg.norm(w), 0)
+        alpha = jnp.sum(q * image)
+        return (rows, orthogonal(w, rows), scale), (alpha, beta)
+
+    zero = jnp.zeros((), v.dtype)
+    start = (jnp.zeros((steps, v.size), v.dtype), v, zero)
+    (rows, *_), (alphas, betas) = jax.lax.scan(step, start, jnp.arange(steps))
+    beside = jnp.diag(betas[:-1], 1)
+    return rows, jnp.diag(alphas) + beside + beside.T
+
+
+def symmetric(where: str, operator: Any) -> jax.ShapeDtypeStruct:
+    """Return the structure of a symmetric operator, or raise ValueError if it is not one."""
+    if not isinstance(operator, lx.AbstractLinearOperator) or not lx.is_symmetric(operator):
+        expected = "tagged symmetric (method='exact' or symmetrise=True)"
+        raise _check.bad(where, "operator", expected, type(operator).__name__)
+    return operator.in_structure()
+
+
+def ritz(
+    where: str, operator: lx.AbstractLinearOperator, steps: int, key: PRNGKeyArray | None
+) -> tuple[Float[Array, " steps"], Float[Array, "steps d"]]:
+    """Return Ritz values in ascending order and their orthonormal vectors as rows."""
+    structure = operator.in_structure()
+    key = jax.random.key(INIT) if key is None else _check.key(where, "key", key)
+    v = jax.random.normal(key, (structure.size,), time_dtype(structure.dtype))
+    rows, t = tridiagonalise(operator, v, steps)
+    values, vectors = eigh(t)
+    return values, jnp.matmul(vectors.T, rows, precision="highest")
+
+
+def lanczos(
+    operator: lx.AbstractLinearOperator, rank: int, *, key: PRNGKeyArray | None = None
+) -> DiagLowRank:
+    r"""Return the approximation $\sum_i \theta_i u_i u_i^\top$ by `rank` Lanczos products.
+
+    The Ritz pairs $(\theta_i, u_i)$ of the Krylov space of a random vector: extreme eigenvalues
+    converge first, so this suits operators with a few large eigenvalues, as $R$ has where the data
+    lie near a low-dimensional set. Exact once `rank` exceeds the number of directions on which
+    the operator does not vanish.
+
+    The start is random on purpose, from a fixed key by default. A vector made of the state, such
+    as the noise prediction, is left unchanged by every symmetry that leaves `x` unchanged; so is
+    then all of its Krylov space, and directions that break the symmetry (between two modes that
+    mirror each other, say) would never be seen. A normal vector has a part along each eigenvector
+    with probability one.
+
+    Derivatives pass through the iteration and exist where the Ritz values are distinct.
+
+    Args:
+        operator: a symmetric operator.
+        rank: number of products, at most the dimension d.
+        key: for the start; a fixed one by default.
+
+    Returns:
+        An operator with zero shift and orthonormal factors, tagged positive semidefinite if
+        `operator` is.
+
+    Raises:
+        ValueError: if `operator` is not tagged symmetric, or `rank` is not in [1, d].
+
+    References:
+        Lanczos 1950; Saad 2011, "Numerical Methods for Large Eigenvalue Problems", chapter 6.
+    """
+    _check.whole("lanczos", "rank", rank, 1)
+    d = symmetric("lanczos", operator).size
+    if rank > d:
+        raise _check.bad("lanczos", "rank", f"at most the dimension {d}", rank)
+    values, rows = ritz("lanczos", operator, rank, key)
+    tags = frozenset[object]()
+    if lx.is_positive_semidefinite(operator):
+        values = jnp.maximum(values, 0)  # what is below zero is round-off
+        tags = frozenset({lx.positive_semidefinite_tag})
+    factors = rows.reshape(rank, *operator.in_structure().shape)
+    return DiagLowRank(jnp.zeros((), rows.dtype), factors, values, tags)
 
 
 def logdet(
@@ -140,7 +266,7 @@ def eigsh(
     Args:
         operator: $A$, tagged symmetric.
         k: number of pairs, at most `steps`.
-        key: for the random start (see `lowrank.lanczos` for why it is random); a fixed one by
+        key: for the random start (see `lanczos` for why it is random); a fixed one by
             default.
         steps: Lanczos steps, at most d; `min(d, max(2 k, 20))` by default.
 
@@ -226,46 +352,3 @@ def effective_rank(
     ratio = jnp.mean(a) / jnp.mean(b)
     linear = 2 * ratio * a - ratio**2 * b  # the ratio to first order, probe by probe
     return jnp.mean(a) * ratio, jnp.std(linear, ddof=1) / jnp.sqrt(probes)
-
-
-def intrinsic_dimension(
-    denoiser: AbstractDenoiser,
-    t: ScalarLike,
-    x: Float[ArrayLike, "*dims"],
-    cond: Cond = None,
-    *,
-    estimator: AbstractTrace | None = None,
-    key: PRNGKeyArray | None = None,
-) -> Scalar:
-    r"""Return the local dimension of the data as the denoiser sees it near a noisy sample.
-
-    $$ r = \mathrm{tr}\,Cov[\epsilon | x_t = x] = d - \sigma^2\,\mathrm{tr}\,F $$
-
-    Directions in which the data have a density on the scale $\sigma/\alpha$ count 1, directions in
-    which they do not extend count 0. It tends to the dimension of the data as $\sigma/\alpha$
-    falls below the scale on which the set is curved or ends, and for data that are points, further
-    down, to 0. Average over draws of $x_t$ around one $x_0$, or over data: one value varies,
-    because $r$ is an expectation of the noise error at one state.
-
-    Cost: one trace.
-
-    Args:
-        denoiser: the denoiser.
-        t: time with small sigma / alpha > 0, ().
-        x: noisy sample, (*dims,).
-        cond: condition passed to the denoiser.
-        estimator: of the trace; `ExactTrace()` by default.
-        key: for an estimator that draws probes.
-
-    References:
-        Wang et al. 2025 (2505.23264) for the trace; Kamkari et al. 2024 (2406.03537) for the
-        related estimate from the clean sample.
-    """
-    estimator = ExactTrace() if estimator is None else estimator
-    for name, value, kind in (
-        ("denoiser", denoiser, AbstractDenoiser),
-        ("estimator", estimator, AbstractTrace),
-    ):
-        if not isinstance(value, kind):
-            raise _check.bad("intrinsic_dimension", name, f"an {kind.__name__}", repr(value))
-    return jnp.mean(estimator(denoiser, t, x, cond, key)[2])

@@ -1,16 +1,8 @@
-"""Monte Carlo on densities and scores: chains and populations of samples."""
+"""Monte Carlo on densities and scores: Markov chains."""
 
-from jaxdiff.particles.annealing import annealed
-from jaxdiff.particles.chain import (
-    AbstractDensity,
-    AbstractTarget,
-    Chain,
-    Info,
-    Kernel,
-    run,
-    target,
-)
-from jaxdiff.particles.langevin import (
+from jaxdiff.mcmc.annealing import annealed
+from jaxdiff.mcmc.chains import Chain, Info, Kernel, run
+from jaxdiff.mcmc.kernels import (
     Adjusted,
     Kinetic,
     Overdamped,
@@ -22,6 +14,7 @@ from jaxdiff.particles.langevin import (
     ula,
     underdamped,
 )
+from jaxdiff.mcmc.targets import AbstractDensity, AbstractTarget, target
 
 __all__ = [
     "AbstractDensity",

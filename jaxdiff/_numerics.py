@@ -1,4 +1,4 @@
-"""Lengths and eigenvectors that can be differentiated, batched and sharded everywhere."""
+"""Roots, lengths and eigenvectors that can be differentiated, batched and sharded anywhere."""
 
 from typing import Any
 
@@ -7,10 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def safe_sqrt(square: Array) -> Array:
+    """Return the root, 0 below 0, whose derivative at 0 is 0 and not infinite."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+
+
 def norm(a: Array) -> Array:
     """Return the length along the last axis, whose derivative at 0 is 0 and not NaN."""
-    square = jnp.sum(a**2, axis=-1)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return safe_sqrt(jnp.sum(a**2, axis=-1))
 
 
 @jax.custom_batching.custom_vmap

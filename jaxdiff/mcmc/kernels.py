@@ -34,21 +34,28 @@ from jax.core import eval_context
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxdiff import _check
-from jaxdiff._types import Scalar, ScalarLike, is_concrete, stream
-from jaxdiff.fisher.newton import Newton
-from jaxdiff.particles.chain import (
-    AbstractDensity,
-    AbstractTarget,
-    Info,
-    Kernel,
-    Marginal,
-    like,
-    positive,
-    start,
-)
+from jaxdiff._array import Scalar, ScalarLike
+from jaxdiff._host import is_concrete
+from jaxdiff._keys import stream
+from jaxdiff.fisher.curvature import Newton
+from jaxdiff.mcmc.chains import Info, Kernel, like, positive, start
+from jaxdiff.mcmc.targets import AbstractDensity, AbstractTarget, Marginal
 from jaxdiff.process import EDM
 from jaxdiff.score import Denoiser
 from jaxdiff.solvers.hooks import LangevinStep
+
+__all__ = [
+    "Adjusted",
+    "Kinetic",
+    "Overdamped",
+    "Proposed",
+    "baoab",
+    "mala",
+    "newton",
+    "randomised_midpoint",
+    "ula",
+    "underdamped",
+]
 
 
 class Overdamped(NamedTuple):
@@ -119,7 +126,7 @@ def _overdamped(move: Callable[[PRNGKeyArray, Array], Array]) -> Kernel:
     return Kernel(lambda x, key=None: Overdamped(start(x)), step)
 
 
-def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
+def ula(target: AbstractTarget, step_size: ScalarLike) -> Kernel:
     r"""Build the unadjusted Langevin algorithm.
 
     $$ x' = x + h\,s(x) + \sqrt{2h}\,z $$
@@ -129,13 +136,13 @@ def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
 
     Args:
         target: a target.
-        h: step, positive, (); may be traced.
+        step_size: $h$, positive, (); may be traced.
 
     Raises:
-        ValueError: if `target` is none or `h` is not positive.
+        ValueError: if `target` is none or `step_size` is not positive.
 
     Example:
-        >>> from jaxdiff.particles import run, target
+        >>> from jaxdiff.mcmc import run, target
         >>> kernel = ula(target(lambda x: -0.5 * jnp.sum(x**2)), 0.1)
         >>> run(jax.random.key(0), kernel, jnp.zeros(3), 50).x.shape
         (3,)
@@ -144,16 +151,16 @@ def ula(target: AbstractTarget, h: ScalarLike) -> Kernel:
         Roberts, Tweedie 1996.
     """
     _is_target("ula", target)
-    positive("ula", h=h)
+    positive("ula", step_size=step_size)
 
     def move(key: PRNGKeyArray, x: Array) -> Array:
-        (step,) = like(x, h)
+        (step,) = like(x, step_size)
         return x + step * target.score(x) + jnp.sqrt(2 * step) * _normal(key, x)
 
     return _overdamped(move)
 
 
-def randomised_midpoint(target: AbstractTarget, h: ScalarLike) -> Kernel:
+def randomised_midpoint(target: AbstractTarget, step_size: ScalarLike) -> Kernel:
     r"""Build the randomised midpoint method: the score at a uniformly random time of the step.
 
     $$ x_w = x + wh\,s(x) + \sqrt2\,W_{wh}, \qquad x' = x + h\,s(x_w) + \sqrt2\,W_h, \qquad
@@ -165,7 +172,7 @@ def randomised_midpoint(target: AbstractTarget, h: ScalarLike) -> Kernel:
 
     Args:
         target: a target.
-        h: step, positive, (); may be traced.
+        step_size: $h$, positive, (); may be traced.
 
     Raises:
         ValueError: as `ula`.
@@ -175,10 +182,10 @@ def randomised_midpoint(target: AbstractTarget, h: ScalarLike) -> Kernel:
         (2306.08494).
     """
     _is_target("randomised_midpoint", target)
-    positive("randomised_midpoint", h=h)
+    positive("randomised_midpoint", step_size=step_size)
 
     def move(key: PRNGKeyArray, x: Array) -> Array:
-        (step,) = like(x, h)
+        (step,) = like(x, step_size)
         when = jax.random.uniform(stream(key, 0), (), x.dtype)
         first = jnp.sqrt(2 * step * when) * _normal(stream(key, 1), x)
         second = jnp.sqrt(2 * step * (1 - when)) * _normal(stream(key, 2), x)
@@ -188,7 +195,7 @@ def randomised_midpoint(target: AbstractTarget, h: ScalarLike) -> Kernel:
     return _overdamped(move)
 
 
-def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
+def mala(target: AbstractTarget, step_size: ScalarLike) -> Kernel:
     r"""Build the Metropolis-adjusted Langevin algorithm, by blackjax.
 
     $$ y = x + h\,s(x) + \sqrt{2h}\,z, \qquad P(x' = y) = \min\left(1,
@@ -200,7 +207,7 @@ def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
 
     Args:
         target: a target with a log density: from a log density or an exact denoiser.
-        h: step, positive, (); may be traced.
+        step_size: $h$, positive, (); may be traced.
 
     Raises:
         ValueError: as `ula`, and if the target has no log density.
@@ -210,7 +217,7 @@ def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
         Roberts, Tweedie 1996; Roberts, Rosenthal 1998 for the acceptance.
     """
     _is_target("mala", target)
-    positive("mala", h=h)
+    positive("mala", step_size=step_size)
     if not isinstance(target, AbstractDensity):
         expected = "one with a log density: of a log density or an exact denoiser"
         raise _check.bad("mala", "target", expected, repr(target))
@@ -230,7 +237,7 @@ def mala(target: AbstractTarget, h: ScalarLike) -> Kernel:
 
     def step(key: PRNGKeyArray, state: Adjusted) -> tuple[Adjusted, Info]:
         before = MALAState(*state)  # type: ignore[arg-type]
-        new, info = kernel(key, before, log_density, *like(state.x, h))
+        new, info = kernel(key, before, log_density, *like(state.x, step_size))
         return Adjusted(*new), _info(state.x, new.position, info.acceptance_rate)
 
     return Kernel(init, step)
@@ -296,7 +303,9 @@ def newton(
     return Kernel(lambda x, key=None: at(start(x)), step)
 
 
-def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLike = 1.0) -> Kernel:
+def baoab(
+    target: AbstractTarget, step_size: ScalarLike, gamma: ScalarLike, u: ScalarLike = 1.0
+) -> Kernel:
     r"""Build the splitting BAOAB of the kinetic diffusion.
 
     $$ v \mathrel{+}= \tfrac h2 u\,s(x), \quad x \mathrel{+}= \tfrac h2 v, \quad
@@ -309,7 +318,7 @@ def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLik
 
     Args:
         target: a target.
-        h: step, positive, (); $0.5/\sqrt{uL}$ is a cautious one.
+        step_size: $h$, positive, (); $0.5/\sqrt{uL}$ is a cautious one.
         gamma: friction $\gamma$, positive, (); $2\sqrt{uL}$ damps the stiffest direction
             critically.
         u: inverse mass, positive, (): the variance of the velocity.
@@ -321,7 +330,7 @@ def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLik
         Leimkuhler, Matthews 2013 (1203.5428).
     """
     _is_target("baoab", target)
-    positive("baoab", h=h, gamma=gamma, u=u)
+    positive("baoab", step_size=step_size, gamma=gamma, u=u)
 
     def init(x: Any, key: PRNGKeyArray | None = None) -> Kinetic:
         x = start(x)
@@ -329,7 +338,7 @@ def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLik
 
     def step(key: PRNGKeyArray, state: Kinetic) -> tuple[Kinetic, Info]:
         x, v, score = state
-        half, rate, mass = like(x, 0.5 * h, gamma, u)
+        half, rate, mass = like(x, 0.5 * step_size, gamma, u)
         keep, fresh = jnp.exp(-2 * half * rate), jnp.sqrt(-mass * jnp.expm1(-4 * half * rate))
         v = v + half * mass * score
         x1 = x + half * v
@@ -344,7 +353,7 @@ def baoab(target: AbstractTarget, h: ScalarLike, gamma: ScalarLike, u: ScalarLik
 
 def underdamped(
     target: AbstractTarget,
-    h: ScalarLike,
+    step_size: ScalarLike,
     gamma: ScalarLike,
     u: ScalarLike = 1.0,
     *,
@@ -368,7 +377,7 @@ def underdamped(
 
     Args:
         target: a target.
-        h: step, positive, (); may be traced, but not differentiated.
+        step_size: $h$, positive, (); may be traced, but not differentiated.
         gamma: friction $\gamma$, positive, a known number.
         u: inverse mass, positive, a known number: the variance of the velocity.
         solver: one of the table; `diffrax.QUICSORT()` by default.
@@ -382,7 +391,7 @@ def underdamped(
     """
     where = "underdamped"
     _is_target(where, target)
-    positive(where, h=h, gamma=gamma, u=u)
+    positive(where, step_size=step_size, gamma=gamma, u=u)
     method = dfx.QUICSORT() if solver is None else solver
     if not isinstance(method, dfx.AbstractFosterLangevinSRK):
         raise _check.bad(where, "solver", "QUICSORT, ShOULD or ALIGN of diffrax", repr(solver))
@@ -413,7 +422,7 @@ def underdamped(
         # A new path per step, read once: independence of its increments is all that is asked of it.
         path = dfx.UnsafeBrownianPath(jax.ShapeDtypeStruct(x.shape, x.dtype), key, area)
         system = terms(lambda x, args: -target.score(x), path)
-        (end,) = like(x, h)
+        (end,) = like(x, step_size)
         (x1, v1), _, _, cache, _ = method.step(system, 0.0, end, (x, v), None, cache, False)
         return Kinetic(x1, v1, cache), _info(x, x1)
 

@@ -25,34 +25,31 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, exact
-from jaxdiff._types import Cond, NetFn, Scalar, ScalarLike, time_dtype
-from jaxdiff.fisher.operators import _Difference, _operator, diagonal, is_operator
+from jaxdiff._array import Cond, NetFn, Scalar, ScalarLike, time_dtype
+from jaxdiff.fisher.operators import _Difference, _operator
+from jaxdiff.linalg.estimators import LAWS, Probe, deflate, diagonal, dot, draw
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser, Denoiser, floating
 
-Probe: TypeAlias = Literal["rademacher", "gaussian"]
+__all__ = [
+    "AbstractTrace",
+    "ExactTrace",
+    "HeadKind",
+    "HutchPP",
+    "Hutchinson",
+    "TraceHead",
+    "intrinsic_dimension",
+    "matching_bound",
+]
+
 HeadKind: TypeAlias = Literal["preconditioned", "residual", "raw"]
 
-_PROBES = ("rademacher", "gaussian")
 _MODES = ("jvp", "fd", "vjp")
 _KINDS = ("preconditioned", "residual", "raw")
 _ONE = 0.5413248546129181  # softplus of it is 1
-
-
-def _draw(key: PRNGKeyArray, probes: int, shape: tuple[int, ...], dtype: Any, kind: Probe) -> Array:
-    """Draw probes, (probes, *shape), each from a key of its own."""
-    draw = jax.random.rademacher if kind == "rademacher" else jax.random.normal
-    return jax.vmap(lambda key: draw(key, shape, dtype))(jax.random.split(key, probes))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """Return inner products over all axes but the first, in float32 or wider."""
-    wide = time_dtype(a.dtype)
-    return jnp.sum(a.astype(wide) * b.astype(wide), axis=tuple(range(1, a.ndim)))
 
 
 def _linear(
@@ -62,24 +59,6 @@ def _linear(
     (m, eps), push = jax.linearize(lambda x: denoiser.pair(t, x, cond), x)
     sigma = denoiser.process.sigma(t)
     return m, eps, lambda v: (v - sigma * push(v)[1]).astype(v.dtype)
-
-
-def _deflate(product: Any, sketch: Array, probes: Array) -> tuple[Scalar, Array]:
-    r"""Return $\mathrm{tr}\,Q^\top A Q$ and the values $g_i^\top P A P g_i$, $P = I - QQ^\top$.
-
-    Their sum has the right mean for any $Q$ that is independent of the probes, hence also with $Q$
-    held fixed under differentiation (the derivative of QR does not exist at low rank).
-    """
-    k, shape = len(sketch), sketch.shape[1:]
-    many = lambda rows: jax.vmap(product)(rows.reshape(-1, *shape)).reshape(rows.shape)  # noqa: E731
-    rows = jax.lax.stop_gradient(many(sketch.reshape(k, -1)))
-    wide = time_dtype(rows.dtype)
-    basis = jnp.linalg.qr(rows.T.astype(wide))[0].T
-    g = probes.reshape(k, -1).astype(wide)
-    g = g - jnp.matmul(jnp.matmul(g, basis.T, precision="highest"), basis, precision="highest")
-    both = jnp.concatenate([basis, g])
-    values = _dot(both, many(both.astype(rows.dtype)))
-    return jnp.sum(values[: len(basis)]), values[len(basis) :]
 
 
 class AbstractTrace(eqx.Module):
@@ -193,7 +172,7 @@ class Hutchinson(AbstractTrace):
 
     def __check_init__(self) -> None:
         _check.whole("Hutchinson", "probes", self.probes, 1)
-        _check.choice("Hutchinson", "kind", self.kind, _PROBES)
+        _check.choice("Hutchinson", "kind", self.kind, LAWS)
         _check.choice("Hutchinson", "mode", self.mode, _MODES)
 
     def __call__(
@@ -206,7 +185,7 @@ class Hutchinson(AbstractTrace):
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"], Float[Array, " k"]]:
         """Return the mean, the noise and one value per probe, (probes,)."""
         x, key = floating(x), _check.key("Hutchinson", "key", key)
-        v = _draw(key, self.probes, x.shape, x.dtype, self.kind)
+        v = draw(key, self.probes, x.shape, x.dtype, self.kind)
         pair = lambda x: denoiser.pair(t, x, cond)  # noqa: E731
         if self.mode == "jvp":
             # Unlike jax.linearize, this stores nothing where the network loops over its layers;
@@ -219,7 +198,7 @@ class Hutchinson(AbstractTrace):
         else:
             m, eps = pair(x)
             along = jax.vmap(_Difference(denoiser, t, x, cond, eps))(v)
-        values = _dot(v, v) - denoiser.process.sigma(t) * _dot(v, along)
+        values = dot(v, v) - denoiser.process.sigma(t) * dot(v, along)
         return m, eps, values.astype(time_dtype(x.dtype))
 
 
@@ -269,8 +248,8 @@ class HutchPP(AbstractTrace):
         k = self.products // 3
 
         def one(key: PRNGKeyArray) -> Array:
-            draws = _draw(key, 2 * k, x.shape, x.dtype, "rademacher")
-            inside, outside = _deflate(product, draws[:k], draws[k:])
+            draws = draw(key, 2 * k, x.shape, x.dtype, "rademacher")
+            inside, outside = deflate(product, draws[:k], draws[k:])
             return inside + jnp.mean(outside)
 
         return m, eps, jax.vmap(one)(jax.random.split(key, self.repeats))
@@ -382,7 +361,7 @@ class TraceHead(AbstractTrace):
         moment = self.moment(lam, inputs, cond)
         match self.kind:
             case "raw":
-                r = jnp.exp(2 * lam) * (m.size * moment - _dot(m[None], m[None])[0])
+                r = jnp.exp(2 * lam) * (m.size * moment - dot(m[None], m[None])[0])
             case "residual":
                 r = m.size * moment
             case _:  # sigmoid(2 lam) = alpha^2 / (alpha^2 + sigma^2)
@@ -419,58 +398,44 @@ def matching_bound(
     return snr / sigma**2 * (d * delta_t + delta_m * (2 * size + delta_m))
 
 
-def trace(
-    operator: lx.AbstractLinearOperator,
-    key: PRNGKeyArray | None = None,
+def intrinsic_dimension(
+    denoiser: AbstractDenoiser,
+    t: ScalarLike,
+    x: Float[ArrayLike, "*dims"],
+    cond: Cond = None,
     *,
-    probes: int | None = None,
-    kind: Probe = "rademacher",
-    method: Literal["hutchinson", "hutch++"] = "hutchinson",
-) -> tuple[Scalar, Scalar]:
-    r"""Return the trace of an operator and its standard error.
+    estimator: AbstractTrace | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Scalar:
+    r"""Return the local dimension of the data as the denoiser sees it near a noisy sample.
 
-    Without `probes` it is exact: d products with the unit vectors, or none for a `DiagLowRank`.
-    With n probes it is unbiased, by Hutchinson's estimate (n products) or by Hutch++ (3n products):
+    $$ r = \mathrm{tr}\,Cov[\epsilon | x_t = x] = d - \sigma^2\,\mathrm{tr}\,F $$
 
-    $$ \mathrm{tr}\,A \approx \frac1n\sum_{i=1}^n v_i^\top A v_i, \qquad
-       \mathrm{tr}\,A \approx \mathrm{tr}(Q^\top A Q) + \frac1n\sum_{i=1}^n v_i^\top P A P v_i $$
+    Directions in which the data have a density on the scale $\sigma/\alpha$ count 1, directions in
+    which they do not extend count 0. It tends to the dimension of the data as $\sigma/\alpha$
+    falls below the scale on which the set is curved or ends, and for data that are points, further
+    down, to 0. Average over draws of $x_t$ around one $x_0$, or over data: one value varies,
+    because $r$ is an expectation of the noise error at one state.
 
-    with $Q = \mathrm{orth}(A S)$ and $P = I - QQ^\top$. Choose as in `Hutchinson` and `HutchPP`:
-    Rademacher, never Gaussian; Hutch++ where the rank of the operator is below n. The standard
-    error is that of the mean of the n (projected) probes.
+    Cost: one trace.
 
     Args:
-        operator: a square operator on arrays of any one shape.
-        key: for the probes.
-        probes: number of probes, at least 2; None for the exact trace.
-        kind: law of the probes.
-        method: the estimate.
-
-    Returns:
-        The trace and the standard error of its estimate (0 if exact), both ().
-
-    Raises:
-        ValueError: if `probes` is given without `key`, or is less than 2, or if `kind` or `method`
-            is unknown.
+        denoiser: the denoiser.
+        t: time with small sigma / alpha > 0, ().
+        x: noisy sample, (*dims,).
+        cond: condition passed to the denoiser.
+        estimator: of the trace; `ExactTrace()` by default.
+        key: for an estimator that draws probes.
 
     References:
-        Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"; Meyer,
-        Musco, Musco, Woodruff 2021 (2010.09649).
+        Wang et al. 2025 (2505.23264) for the trace; Kamkari et al. 2024 (2406.03537) for the
+        related estimate from the clean sample.
     """
-    _check.choice("trace", "kind", kind, _PROBES)
-    _check.choice("trace", "method", method, ("hutchinson", "hutch++"))
-    is_operator("trace", operator)
-    structure = operator.in_structure()
-    shape, dtype = structure.shape, structure.dtype
-    if probes is None:
-        exactly = jnp.sum(diagonal(operator)[0].astype(time_dtype(dtype)))
-        return exactly, jnp.zeros((), exactly.dtype)
-    _check.whole("trace", "probes", probes, 2)
-    key = _check.key("trace", "key", key)
-    if method == "hutchinson":
-        v = _draw(key, probes, shape, dtype, kind)
-        inside, values = 0.0, _dot(v, jax.vmap(operator.mv)(v))
-    else:
-        draws = _draw(key, 2 * probes, shape, dtype, kind)
-        inside, values = _deflate(operator.mv, draws[:probes], draws[probes:])
-    return inside + jnp.mean(values), jnp.std(values, ddof=1) / jnp.sqrt(probes)
+    estimator = ExactTrace() if estimator is None else estimator
+    for name, value, kind in (
+        ("denoiser", denoiser, AbstractDenoiser),
+        ("estimator", estimator, AbstractTrace),
+    ):
+        if not isinstance(value, kind):
+            raise _check.bad("intrinsic_dimension", name, f"an {kind.__name__}", repr(value))
+    return jnp.mean(estimator(denoiser, t, x, cond, key)[2])

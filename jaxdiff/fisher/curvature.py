@@ -11,11 +11,11 @@ Fisher, under which all directions of $q_t$ relax together, however unlike their
 `RankOne` the model $\delta I + \hat\epsilon\hat\epsilon^\top$ of Levenberg-Marquardt-Langevin,
 which knows no direction but that of the score. Both are rules `(denoiser, t, x, z, cond) -> x` for
 one step with the normals z: `solvers.Langevin` takes them after each step of a sampler,
-`particles.langevin` at a fixed time.
+`mcmc.newton` at a fixed time.
 """
 
 import sys
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -24,20 +24,33 @@ import lineax as lx
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxdiff import _check, exact
-from jaxdiff._linalg import eigh
-from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
-from jaxdiff.fisher.lowrank import neighbours, ritz
+from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
+from jaxdiff._numerics import eigh
+from jaxdiff.fisher.atoms import neighbours
 from jaxdiff.fisher.operators import (
     _noise_covariance,
     _noise_jacobian,
     _operator,
     _Scaled,
-    diagonal,
     fisher,
 )
+from jaxdiff.linalg.estimators import diagonal
+from jaxdiff.linalg.spectrum import ritz
 from jaxdiff.score import AbstractDenoiser, floating
 
 Products: TypeAlias = Literal["exact", "jvp", "fd", "neighbours"]
+
+
+__all__ = [
+    "Curvature",
+    "CurvatureFn",
+    "Eigen",
+    "Newton",
+    "Products",
+    "Proposal",
+    "RankOne",
+    "rank_one_divergence",
+]
 
 
 class Eigen(NamedTuple):
@@ -57,6 +70,15 @@ class Eigen(NamedTuple):
         flat = v.reshape(-1).astype(rows.dtype)
         along = (inside - outside) * jnp.matmul(rows, flat, precision="highest")
         return (outside * flat + jnp.matmul(along, rows, precision="highest")).reshape(v.shape)
+
+
+@runtime_checkable
+class CurvatureFn(Protocol):
+    r"""Any function from a state to the eigenpairs of its noise covariance $R = I - \sigma^2 F$."""
+
+    def __call__(self, denoiser: AbstractDenoiser, t: ScalarLike, x: Array, cond: Any, /) -> Eigen:
+        """Return the eigenpairs at time `t`, (), and state `x`, (*dims,)."""
+        ...
 
 
 class Curvature(eqx.Module):
@@ -190,14 +212,15 @@ class Newton(eqx.Module):
     good. On a mixture whose modes are near each other compared with $\sigma$ the bias of the
     moments was 1% to 4% of their spread at $\delta = 0.5$ with h of 0.05 to 0.2, but larger than
     the spread itself at $\delta = 0.1$ with h of 0.2: there use the Metropolis rule of
-    `particles.newton`, which has no bias whatever $\delta$ and h.
+    `mcmc.newton`, which has no bias whatever $\delta$ and h.
 
     Cost: a score, one curvature and, with `correct`, two more; eigenvectors in $O(d^3)$, or
     $O(k^2 d)$ with a rank.
 
     Args:
-        curvature: where F comes from; all of it by default, by forward derivatives.
-        size: h, positive.
+        curvature: where F comes from, any function `(denoiser, t, x, cond) -> Eigen`; all of it by
+            default, by forward derivatives.
+        step_size: h, positive.
         damping: least $\delta$, in units of $\sigma^2 F$ where there are no data; positive.
         condition: bound K on the condition number of P (more than 1). Damping and step are then
             adapted to the largest and least |eigenvalue| a and b of $\sigma^2 F$ at the state:
@@ -215,8 +238,8 @@ class Newton(eqx.Module):
         et al. 2025 (2505.24222) for the damped inverse in diffusion models.
     """
 
-    curvature: Curvature = Curvature()
-    size: float | Array = 0.1
+    curvature: CurvatureFn = Curvature()
+    step_size: float | Array = 0.1
     damping: float | Array = 0.5
     condition: float | Array | None = None
     correct: bool = eqx.field(static=True, default=True)
@@ -224,9 +247,10 @@ class Newton(eqx.Module):
 
     def __check_init__(self) -> None:
         tiny, huge = sys.float_info.min, sys.float_info.max
-        if not isinstance(self.curvature, Curvature):
-            raise _check.bad("Newton", "curvature", "a fisher.Curvature", repr(self.curvature))
-        _check.number("Newton", "size", self.size, tiny, huge)
+        if not isinstance(self.curvature, CurvatureFn) or isinstance(self.curvature, type):
+            expected = "a function of (denoiser, t, x, cond), as fisher.Curvature()"
+            raise _check.bad("Newton", "curvature", expected, repr(self.curvature))
+        _check.number("Newton", "step_size", self.step_size, tiny, huge)
         _check.number("Newton", "damping", self.damping, tiny, huge)
         if self.condition is not None:
             _check.number("Newton", "condition", self.condition, 1 + 1e-6, huge)
@@ -251,7 +275,7 @@ class Newton(eqx.Module):
         return self._proposal(denoiser, t, x, cond, self.curvature(denoiser, t, x, cond))
 
     def _proposal(self, denoiser: Any, t: Any, x: Array, cond: Cond, eigen: Eigen) -> Proposal:
-        sigma, h = denoiser.process.sigma(t), self.size
+        sigma, h = denoiser.process.sigma(t), self.step_size
         a, p = self._scales(eigen, x.size)
         rate = h * a * p if self.integrator == "exponential" else 0 * a
         drift = h * sigma**2 * p * _relaxed(-rate)
@@ -284,7 +308,7 @@ class Newton(eqx.Module):
         here, above, below = (jax.tree.map(lambda a, i=i: a[i], eigens) for i in range(3))
         change = preconditioned(above) - preconditioned(below)
         y = self._proposal(denoiser, t, x, cond, here).at(z)
-        return (y + self.size * change / (2 * epsilon)).astype(dtype)
+        return (y + self.step_size * change / (2 * epsilon)).astype(dtype)
 
 
 def rank_one_divergence(
@@ -331,7 +355,7 @@ class RankOne(eqx.Module):
     Cost: a score, one product with F and its trace: d more products, or closed form.
 
     Args:
-        size: h, the step in units of $\sigma^2$, positive.
+        step_size: h, the step in units of $\sigma^2$, positive.
         damping: $\delta$, positive.
         method: of `fisher`, `"exact"`, `"jvp"` or `"fd"`.
 
@@ -342,12 +366,12 @@ class RankOne(eqx.Module):
         Wang et al. 2025 (2505.24222).
     """
 
-    size: float | Array = 0.1
+    step_size: float | Array = 0.1
     damping: float | Array = 1.0
     method: Literal["exact", "jvp", "fd"] = eqx.field(static=True, default="jvp")
 
     def __check_init__(self) -> None:
-        for name in ("size", "damping"):
+        for name in ("step_size", "damping"):
             low, high = sys.float_info.min, sys.float_info.max
             _check.number("RankOne", name, getattr(self, name), low, high)
         _check.choice("RankOne", "method", self.method, ("exact", "jvp", "fd"))
@@ -361,7 +385,7 @@ class RankOne(eqx.Module):
         cond: Cond = None,
     ) -> Float[Array, "*dims"]:
         """Return the next state from `x`, with the standard normals `z`, both (*dims,)."""
-        sigma, h, delta = denoiser.process.sigma(t), self.size, self.damping
+        sigma, h, delta = denoiser.process.sigma(t), self.step_size, self.damping
         operator = fisher(denoiser, t, x, cond, method=self.method)
         u = denoiser.eps(t, x, cond)
         n, trace = jnp.sum(u**2), jnp.sum(diagonal(operator)[0])

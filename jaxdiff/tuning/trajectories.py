@@ -31,11 +31,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
+from jaxdiff._array import Cond, ScalarLike
 from jaxdiff._many import sample
 from jaxdiff._sampler import check, sampler
-from jaxdiff._types import Cond, ScalarLike
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers import DPMpp2M
+
+__all__ = ["Metric", "gits", "jump_costs", "shortest_path"]
 
 Metric: TypeAlias = Literal["l1", "l2", "dev"]
 

@@ -1,9 +1,9 @@
-"""Array aliases, key streams and the float64 host evaluator that every module shares."""
+"""What is computed on the host before tracing, in float64."""
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,36 +11,8 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_context
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree, Real
-
-Scalar: TypeAlias = Float[Array, ""]
-if TYPE_CHECKING:
-    ScalarLike: TypeAlias = float | Array | np.ndarray | np.floating
-else:
-    ScalarLike: TypeAlias = Real[ArrayLike, ""]
-Cond: TypeAlias = PyTree[Any]
-Prediction: TypeAlias = Literal["x0", "eps", "score", "v", "velocity"]
 
 _NUMPY = (np.ndarray, np.generic)
-
-
-@runtime_checkable
-class NetFn(Protocol):
-    """Any pytree callable that maps one noisy sample to one prediction."""
-
-    def __call__(self, t: Any, x: Any, cond: Any = None, /) -> Any:
-        """Predict from time `t: ()`, sample `x: (*dims,)` and an optional condition."""
-        ...
-
-
-# One stream per use, so that no key serves twice. Particle methods that couple samples add their
-# own stream of the parent key.
-INIT, SOLVER, PROBES, HOOK = 0, 1, 2, 3
-
-
-def stream(key: PRNGKeyArray, index: Any) -> PRNGKeyArray:
-    """Return the key of one numbered stream: a function of `(key, index)` and nothing else."""
-    return jax.random.fold_in(key, index)
 
 
 def is_concrete(*trees: Any) -> bool:
@@ -100,11 +72,6 @@ def host64(fn: Callable[..., Any], *args: Any) -> Any:
             out = _hasty()(*wide)
             return jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, out)
     return fn(*jax.tree.map(lambda a: jnp.asarray(a) if isinstance(a, _NUMPY) else a, args))
-
-
-def time_dtype(dtype: Any) -> Any:
-    """Return the dtype of times and coefficients for a state of `dtype`: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def host_device() -> Any:

@@ -8,11 +8,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Cond, ScalarLike, host64, is_concrete, stream
-from jaxdiff.particles.chain import like, positive, run, start, target
-from jaxdiff.particles.langevin import ula
+from jaxdiff._array import Cond, ScalarLike
+from jaxdiff._host import host64, is_concrete
+from jaxdiff._keys import stream
+from jaxdiff.mcmc.chains import like, positive, run, start
+from jaxdiff.mcmc.kernels import ula
+from jaxdiff.mcmc.targets import target
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
+
+__all__ = ["annealed"]
 
 
 def _scales(process: AbstractProcess, ts: Array) -> tuple[Array, Array]:
@@ -26,7 +31,7 @@ def annealed(
     ts: Real[Any, " nodes"],
     *,
     steps: int,
-    size: ScalarLike,
+    step_size: ScalarLike,
     cond: Cond = None,
     denoise: bool = False,
 ) -> Float[Array, "*dims"]:
@@ -34,14 +39,14 @@ def annealed(
 
     $$ x \leftarrow \frac{\alpha_i}{\alpha_{i-1}}\,x, \qquad\text{then `steps` times}\qquad
        x \leftarrow x + h_i\,\nabla\log q_{t_i}(x) + \sqrt{2h_i}\,z, \qquad
-       h_i = \text{size}\cdot\sigma_i^2 $$
+       h_i = \eta\,\sigma_i^2 $$
 
     Between levels $x/\alpha$ is kept, which is nothing to do where alpha is 1. The step is relative
-    to the shortest scale of $q_{t_i}$, and stable for `size` < 2. As levels or steps grow in number
+    to the shortest scale of $q_{t_i}$, and stable for $\eta < 2$. As levels or steps grow in number
     the law tends to $q_{t_n}$ at the last level but for the bias of `ula`: a direction of
-    variance V ends at $V/(1 - h_n/2V)$, up to $1/(1 - \text{size}/2)$ too wide. Low levels are too
+    variance V ends at $V/(1 - h_n/2V)$, up to $1/(1 - \eta/2)$ too wide. Low levels are too
     slow to mend what the high ones left: a direction of data variance c, where
-    $\alpha_i^2 c \gg \sigma_i^2$, forgets only $\text{size}\,\sigma_i^2/(\alpha_i^2 c)$ of itself
+    $\alpha_i^2 c \gg \sigma_i^2$, forgets only $\eta\,\sigma_i^2/(\alpha_i^2 c)$ of itself
     per step. Cost: `steps` scores per level, and 1 evaluation to denoise. The key of level i is
     `fold_in(key, i)`, used as by `run`.
 
@@ -51,7 +56,7 @@ def annealed(
         x: a sample of $q_{t_0}$, or close to one, (*dims,): $\sigma_{t_0} z$ as a rule.
         ts: the levels: strictly decreasing times of finite log-SNR, (nodes,).
         steps: Langevin steps per level; 100 in the paper.
-        size: $h_i/\sigma_i^2$, positive, (); 0.1 in the paper.
+        step_size: $\eta = h_i/\sigma_i^2$, positive, (); 0.1 in the paper.
         cond: condition passed to the denoiser.
         denoise: return the posterior mean at the last level, a sample without its noise.
 
@@ -67,7 +72,7 @@ def annealed(
         >>> path = jd.process.VE()
         >>> two = jd.exact.mixture(path, [0.5, 0.5], [[-1.0], [1.0]], 0.01)
         >>> ts, noise = path.grid(20, "logsnr"), path.sigma(path.t_max) * jnp.ones(1)
-        >>> end = annealed(jax.random.key(0), two, noise, ts, steps=5, size=0.1, denoise=True)
+        >>> end = annealed(jax.random.key(0), two, noise, ts, steps=5, step_size=0.1, denoise=True)
         >>> bool(0.5 < abs(end[0]) < 1.5)
         True
 
@@ -78,7 +83,7 @@ def annealed(
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad("annealed", "denoiser", "a jaxdiff denoiser", repr(denoiser))
     _check.whole("annealed", "steps", steps, 1)
-    positive("annealed", size=size)
+    positive("annealed", step_size=step_size)
     x = start(x)
     ts = grids.check(denoiser.process, ts, where="annealed", dtype=x.dtype)
     alpha, sigma = host64(_scales, denoiser.process, ts)
@@ -87,7 +92,7 @@ def annealed(
         got = f"t={float(ts[i])!r}"
         raise _check.bad("annealed", f"ts[{i}]", "a time of finite log-SNR", got)
     ratio = alpha / jnp.concatenate([alpha[:1], alpha[:-1]])
-    rows = like(x, ts, ratio, size * sigma**2)
+    rows = like(x, ts, ratio, step_size * sigma**2)
 
     def level(x: Array, row: tuple[Array, ...]) -> tuple[Array, None]:
         i, t, rescale, h = row
