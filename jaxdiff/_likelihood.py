@@ -270,7 +270,8 @@ def likelihood(
 
     Returns:
         The `Likelihood`, a function `(x, cond=None, *, key=None) -> LogProb`. The `error` is the
-        standard error over independent probes, or for `debias` the root of $\frac{L^2}{M^2}\sum_j (\delta_{2j} - \delta_{2j+1})^2$, with
+        standard error over independent probes, or for `debias` the root of
+        $\frac{L^2}{M^2}\sum_j (\delta_{2j} - \delta_{2j+1})^2$, with
         $\delta$ the differences in brackets above: conservative, since neighbouring strata differ
         in their means as well. Nothing raises inside jit: a failed solve gives NaN and a `result`.
 

@@ -42,8 +42,8 @@ class _Alone(eqx.Module):
     denoiser: AbstractDenoiser
     cond: Cond
 
-    def __call__(self, at: At, nothing: tuple[()]) -> tuple[Array, Array, tuple[()]]:
-        return *self.denoiser.pair(at.t, at.x, self.cond), ()
+    def __call__(self, at: At, nothing: Array) -> tuple[Array, Array, Array]:
+        return *self.denoiser.pair(at.t, at.x, self.cond), nothing
 
 
 @eqx.filter_jit
@@ -51,7 +51,7 @@ def _continuous(
     denoiser: Any, loss: Loss, rule: Pullback, cond: Cond, path: Road, x: Array
 ) -> Gradient:
     path, process = path.cast(x.dtype), denoiser.process
-    start = ((x / path.scales[0]).astype(x.dtype), ())
+    start = ((x / path.scales[0]).astype(x.dtype), jnp.zeros(0, x.dtype))
     (there, _), _, went, _ = ride(path, Ride(process, _Alone(denoiser, cond)), start)
     y = (there * path.scales[1]).astype(x.dtype)
     value, ell = jax.value_and_grad(functools.partial(scalar, loss))(y)
