@@ -69,7 +69,6 @@ class Churn(AbstractGridSolver):
     s_max: float | int | Array = float("inf")
     noise: float | int | Array = 1.003
     tableau: Tableau = eqx.field(static=True, default="heun")
-    rows: Any = None
     output = "eps"
     stochastic = True
 
@@ -85,12 +84,12 @@ class Churn(AbstractGridSolver):
         return RungeKutta(tableau=self.tableau)
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> int:
         """The stages of the tableau."""
         return self._inner.evaluations
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2."""
         return min(self._inner.claimed_order, 2)
 
@@ -135,7 +134,6 @@ class SplitNoise(AbstractGridSolver):
         Li et al. 2024 (2403.03852), section 3, on a general path.
     """
 
-    rows: Any = None
     stochastic = True
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Any:
@@ -213,8 +211,6 @@ class LangevinCorrected(AbstractWrapper):
     snr: float | Array = 0.16
     rule: Literal["snr", "ald"] = eqx.field(static=True, default="snr")
     kernel: LangevinStep | None = None
-    rows: Any = None
-    stochastic = True  # type: ignore[assignment]
 
     def __check_init__(self) -> None:
         if not isinstance(self.solver, AbstractGridSolver) or _is_corrected(self.solver):
@@ -230,7 +226,12 @@ class LangevinCorrected(AbstractWrapper):
             raise _check.bad("LangevinCorrected", "kernel", expected, repr(self.kernel))
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def stochastic(self) -> bool:
+        """Whatever the solver is."""
+        return True
+
+    @property
+    def claimed_order(self) -> int:
         """Of the solver, until the bias of the corrector is reached."""
         return self.solver.claimed_order
 

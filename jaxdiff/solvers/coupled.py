@@ -50,7 +50,6 @@ class EDICT(AbstractReversible):
     """
 
     p: ScalarLike = 0.93
-    rows: _Coupled | None = None
     evaluations = 2
 
     def __check_init__(self) -> None:
@@ -107,7 +106,6 @@ class McCallumFoster(AbstractReversible):
 
     base: AbstractGridSolver
     zeta: ScalarLike = 0.999
-    rows: _Coupled | None = None
 
     def __check_init__(self) -> None:
         base, known = self.base, isinstance(self.base, AbstractGridSolver)
@@ -122,7 +120,7 @@ class McCallumFoster(AbstractReversible):
         _check.number("McCallumFoster", "zeta", self.zeta, np.finfo(float).tiny, 1)
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """Of the base."""
         return self.base.claimed_order
 

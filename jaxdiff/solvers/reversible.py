@@ -247,7 +247,6 @@ class BELM(AbstractTwoStep):
     """
 
     q: Literal["optimal"] | ScalarLike = "optimal"
-    rows: _Leap | None = None
 
     def __check_init__(self) -> None:
         if not isinstance(self.q, str):
@@ -256,7 +255,7 @@ class BELM(AbstractTwoStep):
             raise _check.bad("BELM", "q", "'optimal' or a number of at least 0", repr(self.q))
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """2 for the optimal member, and if q is known to be 1."""
         return 2 if isinstance(self.q, str) or _one(self.q) else 1
 
@@ -296,13 +295,12 @@ class BDIA(AbstractTwoStep):
     """
 
     gamma: ScalarLike = 1.0
-    rows: _Leap | None = None
 
     def __check_init__(self) -> None:
         _check.number("BDIA", "gamma", self.gamma, 0, np.inf)
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """2 if gamma is known to be 1."""
         return 2 if _one(self.gamma) else 1
 
@@ -357,7 +355,6 @@ class AbstractLeapfrog(AbstractTwoStep):
     """
 
     bits: int | None = eqx.field(static=True, default=None)
-    rows: _Leap | None = None
 
     def __check_init__(self) -> None:
         if self.bits is not None:

@@ -160,7 +160,7 @@ class Statistics(eqx.Module):
         return self.each(one, ("l", "l", "b"), _AXES)(*tables)
 
 
-_AXES = Curves("", "l", "l", "l", "l", "b", "b")  # type: ignore[arg-type]
+_AXES = Curves._make(("", "l", "l", "l", "l", "b", "b"))
 
 
 def _log_snrs(process: AbstractProcess, ts: Array) -> Array:
@@ -210,7 +210,6 @@ class DPMSolverV3(AbstractGridSolver):
     pseudo: bool = eqx.field(static=True, default=False)
     skip: tuple[int, ...] = eqx.field(static=True, default=())
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Any = None
     output = "f"
 
     def __check_init__(self) -> None:
@@ -220,12 +219,12 @@ class DPMSolverV3(AbstractGridSolver):
         _check.choice("DPMSolverV3", "p", self.p, (1, 2, 3))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older values of the predictor, and one more for the corrector."""
         return self.p if self.corrector else self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The order of the predictor, and one more for the corrector."""
         order = self.p + 1 if self.corrector else self.p
         return min(order, 2) if self.pseudo else order
@@ -235,7 +234,7 @@ class DPMSolverV3(AbstractGridSolver):
         lams = host64(_log_snrs, process, ts)
         if is_concrete(lams, self.statistics):
             lams = np.asarray(lams)[np.isfinite(lams)]
-            low, high = float(self.statistics.lams[0]), float(self.statistics.lams[-1])  # type: ignore[index]
+            low, *_, high = np.asarray(self.statistics.lams).tolist()
             if len(lams) and not (low - _SLACK <= lams.min() and lams.max() <= high + _SLACK):
                 expected = f"at log-SNRs in [{low:.6g}, {high:.6g}], as the statistics"
                 got = f"log-SNRs in [{lams.min():.6g}, {lams.max():.6g}]"

@@ -60,7 +60,6 @@ class Fitted(AbstractWrapper):
     coefficients: Float[ArrayLike, "steps terms"]
     ts: Float[ArrayLike, " nodes"]
     errors: Float[ArrayLike, "steps 2"] | None = None
-    rows: Any = None
 
     def __check_init__(self) -> None:
         if not isinstance(self.solver, AbstractGridSolver) or self.solver.stochastic:
@@ -77,7 +76,7 @@ class Fitted(AbstractWrapper):
         return np.shape(self.coefficients)[1]
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """What the solver remembers, and the older outputs of the table."""
         return max(self.solver.memory, self.terms - 1)
 

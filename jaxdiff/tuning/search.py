@@ -173,7 +173,6 @@ class Scheduled(AbstractGridSolver):
     """
 
     schedule: Schedule
-    rows: Any = None
     memory: ClassVar[int] = 3
 
     def begin(self, x: Array) -> Any:
