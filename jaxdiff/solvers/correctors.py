@@ -65,7 +65,6 @@ class Churn(AbstractGridSolver):
     s_max: float | int | Array = float("inf")
     noise: float | int | Array = 1.003
     tableau: Tableau = eqx.field(static=True, default="heun")
-    rows: Any = None
     output = "eps"
     stochastic = True
 
@@ -81,12 +80,12 @@ class Churn(AbstractGridSolver):
         return RungeKutta(tableau=self.tableau)
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> int:
         """The stages of the tableau."""
         return self._inner.evaluations
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2."""
         return min(self._inner.claimed_order, 2)
 
@@ -131,7 +130,6 @@ class SplitNoise(AbstractGridSolver):
         Li et al. 2024 (2403.03852), section 3, on a general path.
     """
 
-    rows: Any = None
     stochastic = True
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Any:

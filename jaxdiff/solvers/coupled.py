@@ -52,7 +52,6 @@ class EDICT(AbstractReversible):
     """
 
     p: ScalarLike = 0.93
-    rows: _Coupled | None = None
     evaluations = 2
     finite_end = True
 
@@ -110,7 +109,6 @@ class McCallumFoster(AbstractReversible):
 
     base: AbstractGridSolver
     zeta: ScalarLike = 0.999
-    rows: _Coupled | None = None
 
     def __check_init__(self) -> None:
         base, known = self.base, isinstance(self.base, AbstractGridSolver)
@@ -125,7 +123,7 @@ class McCallumFoster(AbstractReversible):
         _check.number("McCallumFoster", "zeta", self.zeta, np.finfo(float).tiny, 1)
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """Of the base."""
         return self.base.claimed_order
 

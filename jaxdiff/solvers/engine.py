@@ -107,7 +107,7 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
 
     Attributes:
         rows: the coefficients of every step of a known grid, made by `tabulate`; None to build
-            each row inside its step.
+            each row inside its step. By keyword only.
         memory: number of older network outputs in use.
         evaluations: denoiser evaluations per step.
         stochastic: whether steps add noise.
@@ -118,13 +118,14 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
             `"eps"` or the velocity of the PF-ODE `"velocity"`.
     """
 
-    rows: eqx.AbstractVar[Any]
-    memory: ClassVar[int] = 0
-    evaluations: ClassVar[int] = 1
-    claimed_order: ClassVar[int] = 1
-    output = "x0"  # no annotation: subclasses may have a field of this name
-    stochastic: ClassVar[bool] = False
-    finite_end: ClassVar[bool] = False
+    rows: Any = eqx.field(default=None, kw_only=True)
+    # No annotations: a subclass may write `memory = 1`, a property, or a field of the same name.
+    memory = 0
+    evaluations = 1
+    claimed_order = 1
+    output = "x0"
+    stochastic = False
+    finite_end = False
 
     term_structure: ClassVar[Any] = dfx.AbstractTerm
     interpolation_cls: ClassVar[Any] = dfx.LocalLinearInterpolation

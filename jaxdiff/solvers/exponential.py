@@ -80,13 +80,12 @@ class DDIM(AbstractGridSolver):
     """
 
     eta: float | Array = 0.0
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.number("DDIM", "eta", self.eta, 0, 1)
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Whether `eta` is (or may be) positive."""
         return not (is_concrete(self.eta) and float(self.eta) == 0)
 

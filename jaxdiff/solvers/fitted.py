@@ -39,7 +39,6 @@ class Fitted(AbstractWrapper):
     coefficients: Float[ArrayLike, "steps terms"]
     ts: Float[ArrayLike, " nodes"]
     errors: Float[ArrayLike, "steps 2"] | None = None
-    rows: Any = None
 
     def __check_init__(self) -> None:
         if not isinstance(self.solver, AbstractGridSolver) or self.solver.stochastic:

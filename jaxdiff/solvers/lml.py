@@ -171,7 +171,6 @@ class LML(AbstractWrapper):
     c: float | Array | None = None
     freeze: float | Array = 0.0
     placement: Placement | None = eqx.field(static=True, default=None)
-    rows: Any = None
 
     def __check_init__(self) -> None:
         known = isinstance(self.solver, AbstractGridSolver)
@@ -218,7 +217,7 @@ class LML(AbstractWrapper):
         return 0.5 if self.solver.claimed_order == 1 else 0.1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """1, or 0 where the noise prediction is turned."""
         return 0 if self.place == "noise" else 1
 

@@ -80,8 +80,6 @@ class HeavyBall(AbstractWrapper):
 
     solver: AbstractGridSolver
     beta: ScalarLike = 0.8
-    rows: Any = None
-    claimed_order = 1  # type: ignore[assignment]
 
     def __check_init__(self) -> None:
         known = isinstance(self.solver, AbstractGridSolver)
@@ -89,6 +87,11 @@ class HeavyBall(AbstractWrapper):
             expected = "a deterministic solver of jaxdiff with output 'x0' or 'eps'"
             raise _check.bad("HeavyBall", "solver", expected, self.solver)
         _beta("HeavyBall", self.beta)
+
+    @property
+    def claimed_order(self) -> int:
+        """1, whatever the solver's."""
+        return 1
 
     def begin(self, x: Array) -> Any:
         """Return the average, not yet begun, and what the solver carries."""
@@ -161,7 +164,6 @@ class GHVB(AbstractGridSolver):
 
     r: int = eqx.field(static=True, default=2)
     beta: ScalarLike = 0.8
-    rows: Any = None
     output = "eps"
 
     def __check_init__(self) -> None:
@@ -169,12 +171,12 @@ class GHVB(AbstractGridSolver):
         _beta("GHVB", self.beta)
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The older averages in use; one at least, to average with."""
         return max(self.r - 1, 1)
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2 on a general grid."""
         return min(self.r, 2)
 

@@ -104,7 +104,6 @@ class DPMpp2M(AbstractGridSolver):
 
     variant: Literal["midpoint", "heun"] = eqx.field(static=True, default="midpoint")
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
     memory = 1
     claimed_order = 2
 
@@ -145,11 +144,10 @@ class DPMpp3M(AbstractGridSolver):
 
     released: bool = eqx.field(static=True, default=False)
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
     memory = 2
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """3, or 2 as released."""
         return 2 if self.released else 3
 
@@ -210,12 +208,11 @@ class UniPC(AbstractGridSolver):
 
     p: int = eqx.field(static=True, default=2)
     variant: Literal["bh1", "bh2"] = eqx.field(static=True, default="bh2")
-    output: Literal["x0", "eps"] = eqx.field(static=True, default="x0")  # type: ignore[assignment]
+    output: Literal["x0", "eps"] = eqx.field(static=True, default="x0")
     predictor: bool = eqx.field(static=True, default=True)
     corrector: bool = eqx.field(static=True, default=True)
     skip: tuple[int, ...] = eqx.field(static=True, default=())
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.choice("UniPC", "p", self.p, (1, 2, 3))
@@ -223,12 +220,12 @@ class UniPC(AbstractGridSolver):
         _check.choice("UniPC", "output", self.output, ("x0", "eps"))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older outputs of the predictor, and one more for the corrector."""
         return self.p if self.corrector else self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The order of the predictor, and one more for the corrector."""
         predictor = self.p if self.predictor else 1
         return min(predictor, self.p) + 1 if self.corrector else predictor
@@ -323,7 +320,6 @@ class DEIS(AbstractGridSolver):
     p: int = eqx.field(static=True, default=4)
     chi: Chi = eqx.field(static=True, default="t")
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
     output = "eps"
 
     def __check_init__(self) -> None:
@@ -331,12 +327,12 @@ class DEIS(AbstractGridSolver):
         _check.choice("DEIS", "chi", self.chi, ("t", "s", "lam", "angle"))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older outputs."""
         return self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The number of outputs."""
         return self.p
 
@@ -378,19 +374,18 @@ class PNDM(AbstractGridSolver):
     """
 
     p: int = eqx.field(static=True, default=4)
-    rows: Row | None = None
     output = "eps"
 
     def __check_init__(self) -> None:
         _check.choice("PNDM", "p", self.p, (1, 2, 3, 4))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older outputs."""
         return self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2 on a general grid."""
         return min(self.p, 2)
 
@@ -425,7 +420,6 @@ class WarmStart(AbstractWrapper):
     solver: AbstractGridSolver
     starter: AbstractGridSolver
     steps: int | None = eqx.field(static=True, default=None)
-    rows: Any = None
 
     def __check_init__(self) -> None:
         for name in ("solver", "starter"):
@@ -443,7 +437,7 @@ class WarmStart(AbstractWrapper):
         return self.solver.memory if self.steps is None else self.steps
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Of either."""
         return self.solver.stochastic or self.starter.stochastic
 

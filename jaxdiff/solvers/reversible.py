@@ -270,7 +270,6 @@ class BELM(AbstractTwoStep):
     """
 
     q: Literal["optimal"] | ScalarLike = "optimal"
-    rows: _Leap | None = None
     finite_end = True
 
     def __check_init__(self) -> None:
@@ -280,7 +279,7 @@ class BELM(AbstractTwoStep):
             raise _check.bad("BELM", "q", "'optimal' or a number of at least 0", repr(self.q))
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """2 for the optimal member, and if q is known to be 1."""
         return 2 if isinstance(self.q, str) or _one(self.q) else 1
 
@@ -320,14 +319,13 @@ class BDIA(AbstractTwoStep):
     """
 
     gamma: ScalarLike = 1.0
-    rows: _Leap | None = None
     finite_end = True
 
     def __check_init__(self) -> None:
         _check.number("BDIA", "gamma", self.gamma, 0, np.inf)
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """2 if gamma is known to be 1."""
         return 2 if _one(self.gamma) else 1
 
@@ -382,7 +380,6 @@ class AbstractLeapfrog(AbstractTwoStep):
     """
 
     bits: int | None = eqx.field(static=True, default=None)
-    rows: _Leap | None = None
 
     def __check_init__(self) -> None:
         if self.bits is not None:

@@ -14,7 +14,7 @@ of the exponential kind makes the same few choices, here integers in a `Schedule
 `Scheduled` compiles any of them to rows of the engine, so that one program runs all.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,7 +29,7 @@ from jaxdiff.process import AbstractProcess
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State, combine
 from jaxdiff.solvers.exponential import transfer
 from jaxdiff.solvers.multistep import step_length
-from jaxdiff.solvers.quadrature import history, integrals, log_snr_step, of_mean, of_noise, phi
+from jaxdiff.solvers.quadrature import history, integrals, log_snr_step, phi
 from jaxdiff.solvers.terms import View
 
 __all__ = ["OUTPUTS", "SCALINGS", "Schedule", "Scheduled"]
@@ -95,6 +95,68 @@ class Schedule(eqx.Module):
         return cls(*(np.full(steps, value, np.int32) for value in row))
 
 
+class _Span(NamedTuple):
+    r"""One step as its quadratures see it, with K and $\kappa$ of either output in one form.
+
+    $$ K(r) = \text{size}\,e^{\pm(h + \text{back} - r)}, \qquad
+       \kappa = \text{size}\,h\varphi_1(\pm h) \text{ without back} $$
+    """
+
+    lams: Array  # of the nodes `ts[1:]`, newest first
+    count: Array  # how many of them count
+    h: Array
+    back: Array  # how far before the current node the integral starts
+    size: Array  # alpha_1 of m, -sigma_1 of eps
+    sign: Array  # -1 of m, 1 of eps
+
+
+def _span(process: AbstractProcess, ts: Array, order: Any, output: Any, start: Any) -> _Span:
+    """Return what the choices make of the step from `ts[1]` to `ts[0]`."""
+    lams, count = history(process, ts, order)
+    h, _ = step_length(process, ts)
+    h = jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
+    older = (start > 0) & (history(process, ts, 2)[1] > 1)
+    back = jnp.where(older, lams[0] - lams[1], 0.0)
+    size = jnp.where(output == 0, process.alpha(ts[0]), -process.sigma(ts[0]))
+    return _Span(lams, count, h, back, size, jnp.where(output == 0, -1.0, 1.0))
+
+
+def _exact(span: _Span, nodes: Array, count: Any) -> Array:
+    r"""Return $w_j = \int K\,\ell_j\,d\lambda$ of the nodes, over the whole integral."""
+    length = span.h + span.back
+    kernel = lambda r: span.size * jnp.exp(span.sign * (length - r))  # noqa: E731
+    return integrals(kernel, lambda lam: lam, span.lams[0] - span.back, length, nodes, count)
+
+
+def _half(span: _Span, scaling: Any) -> Array:
+    r"""Return $\kappa/2$ with UniPC's B for $h\varphi_1(\pm h)$: h as "bh1", itself otherwise."""
+    z = span.sign * span.h
+    b = jnp.where(scaling == 1, z, jnp.expm1(z))
+    return span.sign * span.size * b / 2
+
+
+def _line(exact: Array, half: Array, j: int, r: Any) -> Array:
+    r"""Return the weights of $\kappa\,o_0 + \text{half}\cdot(o_j - o_0)/r$, with $o_0$ at 1.
+
+    The line through two outputs, r steps apart, is taken to the middle of the step; $\kappa$ is the
+    sum of the exact weights.
+    """
+    slope = half / r
+    return jnp.zeros_like(exact).at[j].set(slope).at[1].set(jnp.sum(exact) - slope)
+
+
+def _curve(span: _Span) -> Array:
+    r"""Return the weights of $\text{size}\,h\varphi_3(\pm h)\,D_2$, half of the curvature, (3,).
+
+    $$ D_2 = \frac{1}{a + b}\Big[\frac{o_0 - o_{-1}}{a} - \frac{o_{-1} - o_{-2}}{b}\Big], $$
+
+    the second divided difference of three outputs, that are a and b steps apart.
+    """
+    a, b = (span.lams[0] - span.lams[1]) / span.h, (span.lams[1] - span.lams[2]) / span.h
+    outer = span.size * span.h * phi(3, span.sign * span.h) / (a + b)
+    return jnp.stack([outer / a, -outer / a - outer / b, outer / b])
+
+
 def _extrapolate(
     process: AbstractProcess,
     ts: Array,
@@ -108,46 +170,21 @@ def _extrapolate(
     r"""Return the weights of outputs in the integral that ends at `ts[0]`.
 
     Of the outputs at `ts[1:]`; with `new` the one at `ts[0]` counts too, beside `order` others.
-    The first weight is of the output at `ts[0]`, 0 without `new`.
+    The first weight is of the output at `ts[0]`, 0 without `new`. All are exact, but in the step
+    from the current node: two outputs as B1 or B2 have it (or damped, in a predictor, as B2), three
+    that are damped.
     """
-    lams, count = history(process, ts, order)
-    h, _ = step_length(process, ts)
-    h = jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
-    back = jnp.where((start > 0) & (history(process, ts, 2)[1] > 1), lams[0] - lams[1], 0.0)
-    length = h + back
+    span = _span(process, ts, order, output, start)
+    lams, count, here = span.lams, span.count, span.back == 0
+    half = _half(span, scaling)
     if new:
-        nodes, count = jnp.concatenate([(lams[0] + h)[None], lams]), count + 1
-    else:
-        nodes = lams
-    exact, half, bend = [], [], []
-    for kind in OUTPUTS:
-        if kind == "x0":
-            size, sign, kernel = process.alpha(ts[0]), -1.0, of_mean(process.alpha(ts[0]), length)
-        else:
-            size, sign, kernel = -process.sigma(ts[0]), 1.0, of_noise(process.sigma(ts[0]), length)
-        exact.append(integrals(kernel, lambda lam: lam, lams[0] - back, length, nodes, count))
-        b = jnp.where(scaling == 1, sign * h, jnp.expm1(sign * h))
-        half.append(sign * size * b / 2)
-        bend.append(size * h * phi(3, sign * h))
-    pick = lambda pair: jnp.where(output == 0, *pair)  # noqa: E731
-    weights, half, bend = pick(exact), pick(half), pick(bend)
-    if new:
-        # UniC-1 with B: half of the step's gain
-        short = (scaling > 0) & (scaling < 3) & (count == 2) & (back == 0)
-        other = jnp.sum(weights) - half
-        fixed = jnp.zeros_like(weights).at[0].set(half).at[1].set(other)
-        return jnp.where(short, fixed, weights)
-    weights = jnp.pad(weights, (1, 0))
-    gaps = (lams[:-1] - lams[1:]) / h
-    plain = jnp.sum(weights)
-    line = half / gaps[0]
-    two = jnp.zeros_like(weights).at[1].set(plain + line).at[2].set(-line)
-    weights = jnp.where((scaling > 0) & (count == 2) & (back == 0), two, weights)
-    # Second divided difference: (d0 - d1) / (gap0 + gap1), in units of h
-    outer = bend / (gaps[0] + gaps[1])
-    curve = jnp.stack([outer / gaps[0], -outer / gaps[0] - outer / gaps[1], outer / gaps[1]])
-    curve = jnp.pad(curve, (1, len(weights) - 4))
-    return jnp.where((scaling == 3) & (count == 3) & (back == 0), weights - curve, weights)
+        exact = _exact(span, jnp.concatenate([(lams[0] + span.h)[None], lams]), count + 1)
+        two = here & (count == 1) & ((scaling == 1) | (scaling == 2))
+        return jnp.where(two, _line(exact, half, 0, 1.0), exact)
+    exact = jnp.pad(_exact(span, lams, count), (1, 0))
+    two, three = here & (count == 2) & (scaling > 0), here & (count == 3) & (scaling == 3)
+    weights = jnp.where(two, _line(exact, half, 2, (lams[1] - lams[0]) / span.h), exact)
+    return jnp.where(three, exact.at[1:4].add(-_curve(span)), weights)
 
 
 class Scheduled(AbstractGridSolver):
@@ -169,7 +206,6 @@ class Scheduled(AbstractGridSolver):
     """
 
     schedule: Schedule
-    rows: Any = None
     memory: ClassVar[int] = 3
 
     def begin(self, x: Array) -> Any:

@@ -106,18 +106,17 @@ class Secant(AbstractGridSolver):
 
     k: int = eqx.field(static=True, default=1)
     trust: bool = eqx.field(static=True, default=True)
-    rows: Any = None
 
     def __check_init__(self) -> None:
         _check.choice("Secant", "k", self.k, (1, 2, 3, 4))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The older evaluations."""
         return self.k
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """2 with one secant, 1 with more."""
         return 2 if self.k == 1 else 1
 
@@ -201,7 +200,6 @@ class LocalGaussian(AbstractGridSolver):
 
     curvature: Callable[..., Any]
     damping: float | Array = 0.05
-    rows: Any = None
 
     def __check_init__(self) -> None:
         if not callable(self.curvature) or isinstance(self.curvature, type):

@@ -90,7 +90,6 @@ class DPMppSDE(AbstractGridSolver):
     """
 
     r: float = eqx.field(static=True, default=1 / 2)
-    rows: Row | None = None
     evaluations = 2
     claimed_order = 2
     stochastic = True
@@ -150,7 +149,6 @@ class SEEDS(AbstractGridSolver):
     p: Literal[1, 2, 3] = eqx.field(static=True, default=2)
     r: tuple[float, ...] | None = eqx.field(static=True, default=None)
     released: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
     output = "eps"
     stochastic = True
 
@@ -164,12 +162,12 @@ class SEEDS(AbstractGridSolver):
         return defaults[self.p] if self.r is None else self.r
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> int:
         """One for each stage."""
         return self.p
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2, and 1 with the released noise of stages that are not equally spaced."""
         even = np.allclose(self._r, np.arange(1, self.p) / self.p)
         return min(self.p, 2) if even or not self.released else 1

@@ -75,24 +75,23 @@ class RungeKutta(AbstractGridSolver):
 
     tableau: Tableau = eqx.field(static=True, default="rk4")
     clock: Literal["s", "r", "t"] = eqx.field(static=True, default="s")
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.choice(type(self).__name__, "tableau", self.tableau, TABLEAUS)
         _check.choice(type(self).__name__, "clock", self.clock, ("s", "r", "t"))
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> int:
         """The number of stages."""
         return len(TABLEAUS[self.tableau][2])
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The order of the tableau."""
         return TABLEAUS[self.tableau][0]
 
     @property
-    def output(self) -> Output:  # type: ignore[override]
+    def output(self) -> Output:
         """The slope in the clock."""
         outputs: dict[str, Output] = {"s": "eps", "r": "x0", "t": "velocity"}
         return outputs[self.clock]
@@ -170,7 +169,6 @@ class PseudoRK4(AbstractGridSolver):
         Liu et al. 2022 (2202.09778), eq. 10.
     """
 
-    rows: Row | None = None
     evaluations = 4
     claimed_order = 2
     output = "eps"
@@ -216,9 +214,8 @@ class ExponentialRK(AbstractGridSolver):
     """
 
     p: int = eqx.field(static=True, default=2)
-    output: Literal["x0", "eps"] = eqx.field(static=True, default="x0")  # type: ignore[assignment]
+    output: Literal["x0", "eps"] = eqx.field(static=True, default="x0")
     r: tuple[float, ...] | None = eqx.field(static=True, default=None)
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.choice("ExponentialRK", "p", self.p, (2, 3))
@@ -235,12 +232,12 @@ class ExponentialRK(AbstractGridSolver):
         return defaults[self.p] if self.r is None else self.r
 
     @property
-    def evaluations(self) -> int:  # type: ignore[override]
+    def evaluations(self) -> int:
         """One for each order."""
         return self.p
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """As many as evaluations."""
         return self.p
 

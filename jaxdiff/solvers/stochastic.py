@@ -100,7 +100,6 @@ class EulerMaruyama(AbstractGridSolver):
 
     clock: Literal["u", "t"] = eqx.field(static=True, default="u")
     variance: Literal["small", "large"] = eqx.field(static=True, default="small")
-    rows: Row | None = None
     stochastic = True
 
     def __check_init__(self) -> None:
@@ -140,7 +139,6 @@ class ReverseDiffusion(AbstractGridSolver):
         Song et al. 2021 (2011.13456), eq. 46.
     """
 
-    rows: Row | None = None
     stochastic = True
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> Row:
@@ -220,7 +218,6 @@ class SASolver(AbstractGridSolver):
     corrector: int = eqx.field(static=True, default=4)
     tau: Any = eqx.field(converter=_tau, default=1.0)
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.whole("SASolver", "predictor", self.predictor, 1)
@@ -231,18 +228,18 @@ class SASolver(AbstractGridSolver):
             _check.number("SASolver", "tau", self.tau, 0, 1e6)
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The nodes of the predictor, seen from the next step where there is a corrector."""
         return max(self.predictor, self.corrector - 1) if self.corrector else self.predictor - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The larger number of nodes, but at most 2 with noise."""
         order = max(self.predictor, self.corrector)
         return min(order, 2) if self.stochastic else order
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Whether `tau` is (or may be) positive."""
         return callable(self.tau) or not is_concrete(self.tau) or float(self.tau) > 0
 
@@ -309,7 +306,6 @@ class DPMpp2MSDE(AbstractGridSolver):
 
     variant: Literal["midpoint", "heun"] = eqx.field(static=True, default="midpoint")
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
     memory = 1
     claimed_order = 2
     stochastic = True
@@ -380,7 +376,6 @@ class ERSDE(AbstractGridSolver):
     p: int = eqx.field(static=True, default=3)
     phi: Phi | Callable[..., Any] = eqx.field(static=True, default="sde5")
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Row | None = None
 
     def __check_init__(self) -> None:
         _check.choice("ERSDE", "p", self.p, (1, 2, 3))
@@ -392,17 +387,17 @@ class ERSDE(AbstractGridSolver):
             raise _check.bad("ERSDE", "phi", "positive, with phi(s)/s nondecreasing", self.phi)
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older outputs."""
         return self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """At most 2."""
         return min(self.p, 2)
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Whether `phi` is another than that of the ODE."""
         return self.phi != "ode"
 

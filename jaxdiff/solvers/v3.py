@@ -1,7 +1,7 @@
 r"""DPM-Solver-v3: the split of the ODE into a linear and a learnt part is fitted to the model.
 
-Notation: $y = x/\alpha$, $s = \sigma/\alpha$; $l(\lambda)$, $\varsigma(\lambda)$ (`s` in code) and
-$b(\lambda)$ are statistics of a model, scalars or one value per coordinate, with
+Notation: $y = x/\alpha$, $s = \sigma/\alpha$; $l(\lambda)$, $\varsigma(\lambda)$ (`s` of the
+statistics) and $b(\lambda)$ are statistics of a model, scalars or one value per coordinate, with
 $L' = l$ and $S' = \varsigma$. The PF-ODE is $dy/d\lambda = -s\hat\epsilon$, hence for any $l$
 
 $$ \frac{dy}{d\lambda} = -l\,y - f, \qquad
@@ -46,15 +46,15 @@ class Curves(NamedTuple):
     """Statistics of one coordinate as functions of log-SNR: values and slopes at equal nodes."""
 
     lams: Array
-    big_l: Array
+    L: Array
     l: Array  # noqa: E741
-    big_s: Array
+    S: Array
     s: Array
     c: Array
     b: Array
 
-    def at(self, lam: Array) -> tuple[Array, Array, Array, Array]:
-        r"""Return $L$, $L' = l$, $S$ and $c$ at log-SNRs of any one shape.
+    def at(self, lam: Array) -> "Values":
+        r"""Return the functions at log-SNRs of any one shape.
 
         By cubic Hermite interpolation, so that $l$ is the slope of $L$ exactly: then the split of
         the ODE is exact whatever the statistics, and they only decide how well $g$ is extrapolated.
@@ -77,13 +77,22 @@ class Curves(NamedTuple):
 
         bend = 6 * u * (1 - u) / cell
         l = (1 - u) * (1 - 3 * u) * self.l[i] + u * (3 * u - 2) * self.l[i + 1]  # noqa: E741
-        l = l + bend * (self.big_l[i + 1] - self.big_l[i])  # noqa: E741
-        return (
-            cubic(self.big_l, self.l),
-            l,
-            cubic(self.big_s, self.s),
-            cubic(self.c, self.s * self.c + self.b),
+        l = l + bend * (self.L[i + 1] - self.L[i])  # noqa: E741
+        return Values(
+            L=cubic(self.L, self.l),
+            l=l,
+            S=cubic(self.S, self.s),
+            c=cubic(self.c, self.s * self.c + self.b),
         )
+
+
+class Values(NamedTuple):
+    r"""Values of $L$, $L' = l$, $S$ and $c$."""
+
+    L: Array
+    l: Array  # noqa: E741
+    S: Array
+    c: Array
 
 
 class Statistics(eqx.Module):
@@ -146,15 +155,15 @@ class Statistics(eqx.Module):
             return cell * ((f[1:] + f[:-1]) / 2 - (slope[1:] - slope[:-1]) / 12)
 
         def one(l: Array, s: Array, b: Array) -> Curves:  # noqa: E741
-            big_l, big_s = (jnp.cumsum(jnp.pad(areas(f), (1, 0))) for f in (l, s))
-            growth = jnp.exp(jnp.diff(big_s))
+            L, S = (jnp.cumsum(jnp.pad(areas(f), (1, 0))) for f in (l, s))
+            growth = jnp.exp(jnp.diff(S))
             forced = cell / 2 * (growth * b[:-1] + b[1:])
 
             def join(first: Any, then: Any) -> Any:
                 return first[0] * then[0], then[0] * first[1] + then[1]
 
             c = jax.lax.associative_scan(join, (growth, forced))[1]
-            return Curves(lams, big_l, l, big_s, s, jnp.pad(c, (1, 0)), b)
+            return Curves(lams, L, l, S, s, jnp.pad(c, (1, 0)), b)
 
         tables = [
             jnp.asarray(a) if np.ndim(a) == 1 else jnp.asarray(a).reshape(len(lams), -1).T
@@ -163,19 +172,101 @@ class Statistics(eqx.Module):
         return self.each(one, ("l", "l", "b"), _AXES)(*tables)
 
 
-_AXES = Curves("", "l", "l", "l", "l", "b", "b")  # type: ignore[arg-type]
+_AXES = Curves._make(("", "l", "l", "l", "l", "b", "b"))
 
 
 def _log_snrs(process: AbstractProcess, ts: Array) -> Array:
     return jax.vmap(process.lam)(ts)
 
 
+def _start(process: AbstractProcess, ts: Array) -> tuple[Array, Array]:
+    r"""Return $\lambda_0$ and h of the step from `ts[1]` to `ts[0]`; made up where it has none."""
+    lams, _ = history(process, ts, 1)
+    h, _ = step_length(process, ts)
+    return lams[0], jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
+
+
+def _alpha0(process: AbstractProcess, ts: Array) -> Array:
+    r"""Return $\alpha_0$, to divide by: 1 where the step has no log-SNR."""
+    _, finite = step_length(process, ts)
+    return jnp.where(finite, process.alpha(ts[1]), 1.0)
+
+
+def _kept(process: AbstractProcess, ts: Array, curves: Curves) -> Array:
+    r"""Return what the step keeps of x, $\frac{\alpha_1}{\alpha_0}e^{L_0 - L_1}$."""
+    lam0, h = _start(process, ts)
+    L0, L1 = curves.at(lam0).L, curves.at(lam0 + h).L
+    return process.alpha(ts[0]) / _alpha0(process, ts) * jnp.exp(L0 - L1)
+
+
+def _forced(process: AbstractProcess, ts: Array, curves: Curves) -> Array:
+    r"""Return what the step adds whatever f, $-\alpha_1\int e^{L - L_1} c\,d\lambda$."""
+    lam0, h = _start(process, ts)
+    alpha1, L1 = process.alpha(ts[0]), curves.at(lam0 + h).L
+
+    def integrand(r: Array) -> Array:
+        at = curves.at(lam0 + r)
+        return -alpha1 * jnp.exp(at.L - L1) * at.c
+
+    return integral(integrand, h)
+
+
+def _weights(
+    process: AbstractProcess, ts: Array, curves: Curves, nodes: Array, count: Any, pseudo: bool
+) -> Array:
+    r"""Return the factors of $f_j - c_j$ in the step from `ts[1]` to `ts[0]`.
+
+    $$ w_j = -\alpha_1 e^{-S_j}\int e^{L - L_1 + S}\,\ell_j\,d\lambda, $$
+
+    of the first `count` of `nodes`, log-SNRs with $\lambda_0$ first; 0 of the others.
+    """
+    lam0, h = _start(process, ts)
+    alpha1, L1, S0 = process.alpha(ts[0]), curves.at(lam0 + h).L, curves.at(lam0).S
+
+    def kernel(r: Array) -> Array:  # with S - S_0, that no factor overflows
+        at = curves.at(lam0 + r)
+        return -alpha1 * jnp.exp(at.L - L1 + at.S - S0)
+
+    if pseudo:
+        integrated = _divided(kernel, h, nodes, count)
+    else:
+        integrated = integrals(kernel, lambda lam: lam, lam0, h, nodes, count)
+    S = curves.at(jnp.where(jnp.arange(len(nodes)) < count, nodes, lam0)).S
+    return jnp.exp(S0 - S) * integrated
+
+
+def _correction(
+    process: AbstractProcess, ts: Array, curves: Curves, most: Any, pseudo: bool
+) -> Array:
+    r"""Return what the $w_j$ of the nodes `ts` gain once $f_1$, that of `ts[0]`, is known too."""
+    nodes, count = history(process, ts, most)
+    lam0, h = _start(process, ts)
+    longer = jnp.concatenate([nodes[:1], (lam0 + h)[None], nodes[1:]])
+    new = _weights(process, ts, curves, longer, count + 1, pseudo)
+    old = _weights(process, ts, curves, nodes, count, pseudo)
+    w0, w1, older = new[:1], new[1:2], new[2:]
+    return jnp.concatenate([w1, w0, older]) - jnp.pad(old, (1, 0))
+
+
+def _offsets(process: AbstractProcess, ts: Array, curves: Curves, weights: Array) -> Array:
+    r"""Return the $c_j$ of the nodes `ts[1:]` whose weight is not 0."""
+    lams, _ = history(process, ts, len(ts) - 1)
+    return curves.at(jnp.where(weights == 0, lams[0], lams)).c
+
+
+def _covered(process: AbstractProcess, ts: Array, curves: Curves) -> Array:
+    r"""Return whether the statistics reach over the step; beyond them they say nothing."""
+    lam0, h = _start(process, ts)
+    low, high = curves.lams[0] - _SLACK, curves.lams[-1] + _SLACK
+    return (lam0 >= low) & (lam0 + h <= high)
+
+
 class _Split(NamedTuple):
-    r"""A row with $l$ and $s$ of the current node, and what is added to the state."""
+    r"""A row for $f_0 = (1 - l_0)\,s_0\hat\epsilon - l_0 m$ and older f, with what it adds to x."""
 
     row: Row
     l: Array  # noqa: E741
-    ratio: Array
+    s: Array
     offset: Array
 
 
@@ -213,7 +304,6 @@ class DPMSolverV3(AbstractGridSolver):
     pseudo: bool = eqx.field(static=True, default=False)
     skip: tuple[int, ...] = eqx.field(static=True, default=())
     lower_order_final: bool = eqx.field(static=True, default=False)
-    rows: Any = None
     output = "f"
 
     def __check_init__(self) -> None:
@@ -223,12 +313,12 @@ class DPMSolverV3(AbstractGridSolver):
         _check.choice("DPMSolverV3", "p", self.p, (1, 2, 3))
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """The p - 1 older values of the predictor, and one more for the corrector."""
         return self.p if self.corrector else self.p - 1
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """The order of the predictor, and one more for the corrector."""
         order = self.p + 1 if self.corrector else self.p
         return min(order, 2) if self.pseudo else order
@@ -238,7 +328,7 @@ class DPMSolverV3(AbstractGridSolver):
         lams = host64(_log_snrs, process, ts)
         if is_concrete(lams, self.statistics):
             lams = np.asarray(lams)[np.isfinite(lams)]
-            low, high = float(self.statistics.lams[0]), float(self.statistics.lams[-1])  # type: ignore[index]
+            low, *_, high = np.asarray(self.statistics.lams).tolist()
             if len(lams) and not (low - _SLACK <= lams.min() and lams.max() <= high + _SLACK):
                 expected = f"at log-SNRs in [{low:.6g}, {high:.6g}], as the statistics"
                 got = f"log-SNRs in [{lams.min():.6g}, {lams.max():.6g}]"
@@ -247,113 +337,73 @@ class DPMSolverV3(AbstractGridSolver):
 
     def row(self, process: AbstractProcess, ts: Array, n: ScalarLike, left: ScalarLike) -> _Split:
         """Correct the step that led here, then predict."""
-        most = limit(self.p, left, self.lower_order_final)
-        used = jnp.asarray(self.corrector and jnp.asarray(n) > 0)
-        if self.corrector:
-            used = used & (ts[2] > ts[1]) & jnp.isfinite(log_snr_step(process, ts[2], ts[1]))
-            for step in self.skip:
-                used = used & (jnp.asarray(n) - 1 != step)
-        before = limit(self.p, jnp.asarray(left) + 1, self.lower_order_final)
+        most, before = (
+            limit(self.p, jnp.asarray(left) + k, self.lower_order_final) for k in (0, 1)
+        )
+        corrected = self._corrected(process, ts, n)
 
         def one(curves: Curves) -> tuple[Array, ...]:
-            predictor = ts[:-1] if self.corrector else ts
-            weights, free = _weights(process, predictor, most, curves, self.pseudo)
-            lams, _ = history(process, ts, most)
-            h, finite = step_length(process, ts)
-            big_l, l, _, _ = curves.at(jnp.stack([lams[0], lams[0] + h]))  # noqa: E741
-            alpha0, alpha1 = process.alpha(ts[1]), process.alpha(ts[0])
-            kept = alpha1 / jnp.where(finite, alpha0, 1.0) * jnp.exp(big_l[0] - big_l[1])
+            kept = _kept(process, ts, curves)
+            nodes, count = history(process, ts[:-1] if self.corrector else ts, most)
+            w = _weights(process, ts, curves, nodes, count, self.pseudo)
             if self.corrector:
-                plan = before, curves, self.pseudo
-                new = _weights(process, ts[1:], *plan, corrector=True)[0]
-                old = _weights(process, ts[1:], *plan)[0]
-                change = new - jnp.pad(old, (1, 0))
-                change = jnp.where(used, kept * change, 0.0)
-                weights = jnp.pad(weights, (0, 1)) + change
-            # Offsets c_j of the nodes; their log-SNRs are those that the weights were made with.
-            nodes, _ = history(process, ts, self.memory + 1)
-            c = curves.at(jnp.where(weights == 0, nodes[0], nodes))[3]
-            offset = free - jnp.sum(weights * c)
-            # f_0 = (1 - l) x / alpha - m
-            total = jnp.sum(weights)
-            decay = kept + total * (1 - l[0]) / jnp.where(finite, alpha0, 1.0)
-            low, high = curves.lams[0] - _SLACK, curves.lams[-1] + _SLACK
-            inside = (lams[0] >= low) & (lams[0] + h <= high)
-            decay = jnp.where(inside, decay, jnp.nan)  # the statistics say nothing there
-            return decay, -total, weights[1:], offset, l[0]
+                change = _correction(process, ts[1:], curves, before, self.pseudo)
+                w = jnp.pad(w, (0, 1)) + jnp.where(corrected, kept * change, 0.0)
+            offset = _forced(process, ts, curves) - jnp.sum(w * _offsets(process, ts, curves, w))
+            # In differences f_j - f_0 the factor of f_0 = (1 - l_0) x / alpha_0 - m is sum(w).
+            l0 = curves.at(_start(process, ts)[0]).l
+            decay = kept + jnp.sum(w) * (1 - l0) / _alpha0(process, ts)
+            decay = jnp.where(_covered(process, ts, curves), decay, jnp.nan)
+            return decay, -jnp.sum(w), w[1:], offset, l0
 
         fitted = self.statistics
-        one = fitted.each(one, (_AXES,), ("l", "l", "l", "b", "l"))
-        decay, gain, weights, offset, l = one(fitted.curves())  # noqa: E741
-        shape = np.shape(fitted.l)[1:]
+        parts = fitted.each(one, (_AXES,), ("l", "l", "l", "b", "l"))(fitted.curves())
+        return self._shaped(process, ts, *parts)
+
+    def _corrected(self, process: AbstractProcess, ts: Array, n: ScalarLike) -> Array:
+        """Return whether the step that led here is corrected: there is one, finite, not skipped."""
+        n = jnp.asarray(n)
+        if not self.corrector:
+            return jnp.zeros_like(n, bool)
+        taken = (n > 0) & (ts[2] > ts[1]) & jnp.isfinite(log_snr_step(process, ts[2], ts[1]))
+        for step in self.skip:
+            taken = taken & (n - 1 != step)
+        return taken
+
+    def _shaped(
+        self,
+        process: AbstractProcess,
+        ts: Array,
+        decay: Array,
+        gain: Array,
+        weights: Array,
+        offset: Array,
+        l: Array,  # noqa: E741
+    ) -> _Split:
+        """Give coordinates the shape of the state; a step of infinite length is that of DDIM."""
+        shape, shape_b = np.shape(self.statistics.l)[1:], np.shape(self.statistics.b)[1:]
         _, finite = step_length(process, ts)
-        first = transfer(process, ts[1], ts[0])
-        decay, gain = (
-            jnp.where(finite, a, b).reshape(shape)
-            for a, b in zip((decay, gain), first, strict=False)
+        decay_ddim, gain_ddim, _ = transfer(process, ts[1], ts[0])
+        row = Row(
+            jnp.where(finite, decay, decay_ddim).reshape(shape),
+            jnp.where(finite, gain, gain_ddim).reshape(shape),
+            tuple(jnp.where(finite, w, 0.0).reshape(shape) for w in weights.T),
         )
-        weights = tuple(jnp.where(finite, w, 0.0).reshape(shape) for w in weights.T)
-        offset = jnp.where(finite, offset, 0.0).reshape(np.shape(fitted.b)[1:])
+        offset = jnp.where(finite, offset, 0.0).reshape(shape_b)
         alpha = process.alpha(ts[1])
-        ratio = jnp.where(alpha > 0, process.sigma(ts[1]) / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-        return _Split(Row(decay, gain, weights), l.reshape(shape), ratio, offset)
+        s = jnp.where(alpha > 0, process.sigma(ts[1]) / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+        return _Split(row, l.reshape(shape), s, offset)
 
     def advance(
         self, at: View, row: _Split, t: Array, x: Array, state: State
     ) -> tuple[Array, Array, Any]:
         """Step with the values of f."""
         m, eps = at.field.denoiser.pair(t[0], x, at.field.cond)
-        f = ((1 - row.l) * row.ratio * eps - row.l * m).astype(x.dtype)
+        f = ((1 - row.l) * row.s * eps - row.l * m).astype(x.dtype)
         x1 = row.row.decay * x + row.row.gain * m + row.offset
         for w, older in zip(row.row.weights, state.history, strict=True):
             x1 = x1 + w * (older - f)
         return x1, f, state.extra
-
-
-def _weights(
-    process: AbstractProcess,
-    ts: Array,
-    most: Any,
-    curves: Curves,
-    pseudo: bool,
-    *,
-    corrector: bool = False,
-) -> tuple[Array, Array]:
-    r"""Return the weights of $f_j - c_j$ in the step from `ts[1]` to `ts[0]`, and that of $c$.
-
-    $$ w_j = -\alpha_1 e^{-S_j}\int e^{L - L_1 + S}\,\ell_j\,d\lambda, \qquad
-       -\alpha_1\int e^{L - L_1} c\,d\lambda, $$
-
-    of the nodes `ts[1:]`, or with the corrector of `ts`, as far as they count.
-    """
-    lams, count = history(process, ts, most)
-    h, _ = step_length(process, ts)
-    h = jnp.where(h > 0, h, 1.0)  # before the first step nothing can be corrected
-    alpha1, lam1 = process.alpha(ts[0]), lams[0] + h
-    big_l1 = curves.at(lam1)[0]
-    big_s0 = curves.at(lams[0])[2]
-
-    def kernel(r: Array) -> Array:
-        big_l, _, big_s, _ = curves.at(lams[0] + r)
-        return -alpha1 * jnp.exp(big_l - big_l1 + big_s - big_s0)
-
-    nodes = lams
-    if corrector:
-        nodes, count = jnp.concatenate([lams[:1], lam1[None], lams[1:]]), count + 1
-    if pseudo:
-        weights = _divided(kernel, h, nodes, count)
-    else:
-        weights = integrals(kernel, lambda lam: lam, lams[0], h, nodes, count)
-    big_s = curves.at(jnp.where(jnp.arange(len(nodes)) < count, nodes, lams[0]))[2]
-    weights = weights * jnp.exp(big_s0 - big_s)
-    if corrector:
-        weights = jnp.concatenate([weights[1:2], weights[:1], weights[2:]])
-
-    def constant(r: Array) -> Array:
-        big_l, _, _, c = curves.at(lams[0] + r)
-        return -alpha1 * jnp.exp(big_l - big_l1) * c
-
-    return weights, integral(constant, h)
 
 
 def _divided(kernel: Any, h: Any, nodes: Array, count: Any) -> Array:

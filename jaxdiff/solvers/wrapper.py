@@ -6,7 +6,7 @@ import equinox as eqx
 from jaxtyping import Array
 
 from jaxdiff.process import AbstractProcess
-from jaxdiff.solvers.engine import AbstractGridSolver, Output, State
+from jaxdiff.solvers.engine import AbstractGridSolver, State
 from jaxdiff.solvers.terms import View
 
 __all__ = ["AbstractWrapper"]
@@ -22,22 +22,22 @@ class AbstractWrapper(AbstractGridSolver):
     solver: eqx.AbstractVar[AbstractGridSolver]
 
     @property
-    def memory(self) -> int:  # type: ignore[override]
+    def memory(self) -> int:
         """Of the solver."""
         return self.solver.memory
 
     @property
-    def output(self) -> Output:  # type: ignore[override]
+    def output(self) -> str:
         """Of the solver."""
-        return self.solver.output  # type: ignore[return-value]
+        return self.solver.output
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         """Of the solver."""
         return self.solver.stochastic
 
     @property
-    def claimed_order(self) -> int:  # type: ignore[override]
+    def claimed_order(self) -> int:
         """Of the solver."""
         return self.solver.claimed_order
 

@@ -19,8 +19,8 @@ The number of network evaluations in use does not change. A fit belongs to its m
 grid.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -78,13 +78,26 @@ def _subgrid(process: AbstractProcess, ts: Array, substeps: Any) -> Array:
     return jnp.concatenate([ts[:-1, None], inner, ts[1:, None]], axis=1)
 
 
-def _least_squares(columns: list[np.ndarray], target: np.ndarray) -> np.ndarray:
-    """Return the coefficients of smallest size that fit best, in float64."""
-    matrix = np.stack([np.ravel(c) for c in columns], axis=1).astype(np.float64)
-    return np.linalg.lstsq(matrix, np.ravel(target).astype(np.float64), rcond=None)[0]
+class _Problem(NamedTuple):
+    """What the methods share: a solver on its grid, and finer solves of a batch of `num` starts."""
+
+    denoiser: AbstractDenoiser
+    cond: Cond
+    x: Array  # (num, *dims)
+    solver: AbstractGridSolver
+    ts: np.ndarray  # (steps + 1,)
+    teacher: AbstractGridSolver
+    fine: np.ndarray  # (steps, substeps + 1)
+
+    def solve(self, grid: np.ndarray, x: Array, *, trajectory: bool = False) -> np.ndarray:
+        """Return where the teacher leads from `x`, or all nodes, (num, nodes, *dims)."""
+        options: Any = dict(solver=self.teacher, ts=grid, dtype=x.dtype, trajectory=trajectory)
+        solve = sampler(self.denoiser, x.shape[1:], **options)
+        run = sample(None, solve, num=len(x), cond=self.cond, init=x)
+        return np.asarray(run.aux["trajectory"] if trajectory else run.x)
 
 
-def _fit(
+def _problem(
     where: str,
     key: PRNGKeyArray | None,
     denoiser: AbstractDenoiser,
@@ -96,15 +109,12 @@ def _fit(
     substeps: int,
     cond: Cond,
     init: Any,
-    *,
-    terms: int | None,
-    local: bool,
-    differences: bool,
-) -> Fitted:
-    """Fit the coefficients of one method: see the module's table."""
+) -> _Problem:
+    """Check the arguments of a public function."""
+    teacher = solver if teacher is None else teacher
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
-    for name, value in (("solver", solver), ("teacher", solver if teacher is None else teacher)):
+    for name, value in (("solver", solver), ("teacher", teacher)):
         if not isinstance(value, AbstractGridSolver) or value.stochastic:
             raise _check.bad(where, name, "a deterministic solver of jaxdiff", value)
     _check.whole(where, "num", num, 1)
@@ -121,45 +131,95 @@ def _fit(
     if not np.all(np.isfinite(fine)):
         expected = "a grid of two or more nodes that starts at a finite log-SNR"
         raise _check.bad(where, "ts", expected, ts)
-    teacher = solver if teacher is None else teacher
-    steps = len(ts) - 1
-    terms = steps if terms is None else terms
     if init is None:
-        keys = jax.vmap(lambda i: stream(stream(_check.key(where, "key", key), i), INIT))
-        rows = keys(jnp.arange(num, dtype=jnp.uint32))
-        x = jax.vmap(lambda key: process.prior(key, shape, t=ts[0]))(rows)
+        key = _check.key(where, "key", key)
+        x = jax.vmap(lambda i: process.prior(stream(stream(key, i), INIT), shape, t=ts[0]))(
+            jnp.arange(num, dtype=jnp.uint32)
+        )
     else:
         x = jnp.asarray(init)
         if x.shape != (num, *shape):
             raise _check.bad(where, "init", f"of shape {(num, *shape)}", x.shape)
+    return _Problem(denoiser, cond, x, solver, ts, teacher, fine)
 
-    def refined(grid: np.ndarray, x: Array, **options: Any) -> Any:
-        solve = sampler(denoiser, shape, solver=teacher, ts=grid, dtype=x.dtype, **options)
-        run = sample(None, solve, num=num, cond=cond, init=x)
-        return np.asarray(run.aux["trajectory"] if options else run.x)
 
-    targets = None
-    if not local:
-        grid = np.append(fine[:, :-1].ravel(), ts[-1])
-        targets = refined(grid, x, trajectory=True)[:, ::substeps]
+def _from_state(problem: _Problem) -> Callable[[int, Array], np.ndarray]:
+    """Return the target of step i from x: a finer solve of this step alone."""
+    return lambda i, x: problem.solve(problem.fine[i], x)
+
+
+def _from_noise(problem: _Problem) -> Callable[[int, Array], np.ndarray]:
+    """Return the target of step i, whatever x: node i + 1 of one finer solve of all steps."""
+    grid = np.append(problem.fine[:, :-1].ravel(), problem.ts[-1])
+    parts = problem.fine.shape[1] - 1
+    z = problem.solve(grid, problem.x, trajectory=True)[:, ::parts]
+    return lambda i, x: z[:, i + 1]
+
+
+def _any(known: int) -> np.ndarray:
+    """Allow every combination of the known outputs."""
+    return np.eye(known)
+
+
+def _difference(known: int) -> np.ndarray:
+    """Allow multiples of the difference of the last two outputs, if there are two."""
+    return np.array([[1.0, -1.0]]) if known == 2 else np.zeros((0, known))
+
+
+class _Method(NamedTuple):
+    """A row of the module's table."""
+
+    target: Callable[[_Problem], Callable[[int, Array], np.ndarray]]
+    allowed: Callable[[int], np.ndarray]  # from the number of outputs to a basis of coefficients
+
+
+_METHODS = {
+    "integration_approximation": _Method(_from_state, _any),
+    "distil": _Method(_from_noise, _difference),
+    "subspace": _Method(_from_noise, _any),
+}
+
+
+def _combine(coefficients: np.ndarray, outputs: Sequence[np.ndarray]) -> Any:
+    r"""Return $\sum_k\gamma_k\,o_{i-k}$."""
+    return sum(gamma * o for gamma, o in zip(coefficients, outputs, strict=True))
+
+
+def _least_squares(
+    allowed: np.ndarray, outputs: Sequence[np.ndarray], missing: np.ndarray
+) -> np.ndarray:
+    r"""Return the smallest best $\gamma$ in the span of the rows of `allowed`, in float64."""
+    columns = np.zeros((missing.size, len(allowed)))
+    for j, basis in enumerate(allowed):
+        columns[:, j] = np.ravel(_combine(basis, outputs))
+    return np.linalg.lstsq(columns, np.ravel(missing).astype(np.float64), rcond=None)[0] @ allowed
+
+
+def _rms(a: np.ndarray) -> Any:
+    return np.sqrt(np.mean(np.square(a)))
+
+
+def _fit(where: str, problem: _Problem, terms: int | None) -> Fitted:
+    """Fit the steps one after the other, each from the state to which the fitted ones lead."""
+    denoiser, cond, x, solver, ts, *_ = problem
+    steps = len(ts) - 1
+    terms = steps if terms is None else terms
+    target, allowed = _METHODS[where].target(problem), _METHODS[where].allowed
     # One output more than is fitted, so that the state holds the current one too.
     blank = Fitted(solver=solver, coefficients=np.zeros((steps, terms + 1)), ts=ts)
-    base, nodes = blank.tabulate(process, ts), jnp.asarray(ts, time_dtype(x.dtype))
+    base, nodes = blank.tabulate(denoiser.process, ts), jnp.asarray(ts, time_dtype(x.dtype))
     states = jax.vmap(lambda x: _begin(base, nodes, x))(x)
     table, errors = np.zeros((steps, terms)), np.zeros((steps, 2))
     for i in range(steps):
-        target = refined(fine[i], x) if targets is None else targets[:, i + 1]
-        x1, states = _step(base, denoiser, nodes, x, states, cond)
+        z = target(i, x)
+        phi, states = _step(base, denoiser, nodes, x, states, cond)
         outputs = [np.asarray(o) for o in states.history[: min(i + 1, terms)]]
-        missing = target - np.asarray(x1)
-        if not differences:
-            table[i, : len(outputs)] = _least_squares(outputs, missing)
-        elif i > 0:
-            (theta,) = _least_squares([outputs[0] - outputs[1]], missing)
-            table[i] = theta, -theta
-        change = sum(gamma * o for gamma, o in zip(table[i], outputs, strict=False))
-        errors[i] = [np.sqrt(np.mean(np.square(e))) for e in (missing, missing - change)]
-        x = (x1 + change).astype(x.dtype)
+        missing = z - np.asarray(phi)
+        gamma = _least_squares(allowed(len(outputs)), outputs, missing)
+        change = _combine(gamma, outputs)
+        x = (phi + change).astype(x.dtype)
+        table[i, : len(gamma)] = gamma
+        errors[i] = _rms(missing), _rms(missing - change)
     return Fitted(solver=solver, coefficients=table, ts=ts, errors=errors)
 
 
@@ -211,8 +271,8 @@ def integration_approximation(
     """
     where = "integration_approximation"
     _check.whole(where, "terms", terms, 1)
-    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
-    return _fit(where, key, *args, terms=terms, local=True, differences=False)
+    args = (key, denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit(where, _problem(where, *args), terms)
 
 
 def distil(
@@ -242,29 +302,13 @@ def distil(
     Cost, once: `num * steps * (substeps + 1)` evaluations of the network for a solver of one.
     Memory: the trajectories of the finer solve.
 
-    Args:
-        key: names the noises, those of `sample`; None with `init`.
-        denoiser: the model.
-        shape: shape of one sample, `(*dims,)`.
-        num: number of samples in the batch of the fit.
-        solver: the deterministic solver to correct.
-        ts: its grid. A last step to sigma = 0 is exact and left alone.
-        teacher: the solver of the finer solve; `solver` itself by default.
-        substeps: parts, equal in log-SNR, that it divides each step into.
-        cond: conditions, every leaf with leading axis `num`.
-        init: starting states, (num, *dims), instead of noise.
-
-    Returns:
-        A solver for `sample` on the same grid.
-
-    Raises:
-        ValueError: if an argument is wrong or being traced.
+    Arguments, result and errors are those of `integration_approximation`, without `terms`.
 
     References:
         Kim, Tang, Yu 2023 (2309.16421).
     """
-    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
-    return _fit("distil", key, *args, terms=2, local=False, differences=True)
+    args = (key, denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit("distil", _problem("distil", *args), 2)
 
 
 def subspace(
@@ -288,29 +332,13 @@ def subspace(
 
     Cost, once: as `distil`. At run time, memory for `terms` outputs.
 
-    Args:
-        key: names the noises, those of `sample`; None with `init`.
-        denoiser: the model.
-        shape: shape of one sample, `(*dims,)`.
-        num: number of samples in the batch of the fit.
-        solver: the deterministic solver to correct.
-        ts: its grid. A last step to sigma = 0 is exact and left alone.
-        terms: number of outputs combined; all of them by default.
-        teacher: the solver of the finer solve; `solver` itself by default.
-        substeps: parts, equal in log-SNR, that it divides each step into.
-        cond: conditions, every leaf with leading axis `num`.
-        init: starting states, (num, *dims), instead of noise.
-
-    Returns:
-        A solver for `sample` on the same grid.
-
-    Raises:
-        ValueError: if an argument is wrong or being traced.
+    Arguments, result and errors are those of `integration_approximation`, with `terms=None` for all
+    outputs.
 
     References:
         Duan et al. 2023 (2305.14677).
     """
     if terms is not None:
         _check.whole("subspace", "terms", terms, 1)
-    args = (denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
-    return _fit("subspace", key, *args, terms=terms, local=False, differences=False)
+    args = (key, denoiser, shape, num, solver, ts, teacher, substeps, cond, init)
+    return _fit("subspace", _problem("subspace", *args), terms)
