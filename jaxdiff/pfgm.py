@@ -85,18 +85,16 @@ class PFGMpp(EDM):
         half = jnp.asarray(self.D, time_dtype(dtype)) / 2
         return jnp.exp((jnp.log(half) - jax.random.loggamma(key, half, (), half.dtype)) / 2)
 
-    def perturb(
-        self, key: PRNGKeyArray, t: ScalarLike, x0: Float[ArrayLike, "*dims"]
-    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
-        r"""Draw $x_t = x_0 + \sigma\epsilon$ and return it with its heavy-tailed $\epsilon$.
+    def noise(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], *, dtype: Any = None
+    ) -> Float[Array, "*dims"]:
+        r"""Draw the heavy-tailed $\epsilon = z/\sqrt w$, by one normal and one gamma draw.
 
-        A network that regresses $\epsilon$, or $x_0$, learns $\hat\epsilon$, or $m$. The key is
-        consumed by one normal and one gamma draw.
+        A network that regresses $\epsilon$, or $x_0$, learns $\hat\epsilon$, or $m$.
         """
         normal, mixing = jax.random.split(key)
-        x0, (_, z) = floating(x0), super().perturb(normal, t, x0)
-        eps = self._stretch(mixing, z.dtype) * z
-        return (x0 + self.sigma(t) * eps).astype(z.dtype), eps.astype(z.dtype)
+        z = super().noise(normal, shape, dtype=dtype)
+        return (self._stretch(mixing, z.dtype) * z).astype(z.dtype)
 
     def prior(
         self, key: PRNGKeyArray, shape: tuple[int, ...], *, t: Any = None, dtype: Any = None

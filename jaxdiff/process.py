@@ -40,6 +40,12 @@ def _real(value: ScalarLike) -> Scalar:
     return jnp.asarray(value, jnp.result_type(value, float))
 
 
+def floating(x: Any) -> Array:
+    """Return `x` as a floating array: integers become the default float."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
 class AbstractProcess(eqx.Module):
     """A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
 
@@ -125,23 +131,49 @@ class AbstractProcess(eqx.Module):
         inner = t - (self.lam(t) - lam) / jax.lax.stop_gradient(slope)
         return jnp.where(jnp.isinf(lam), end, inner)
 
+    def mix(
+        self, t: ScalarLike, x0: Float[ArrayLike, "*dims"], eps: Float[ArrayLike, "*dims"]
+    ) -> Float[Array, "*dims"]:
+        r"""Return the noisy point $x_t = \alpha x_0 + \sigma\epsilon$ of a pair.
+
+        Args:
+            t: time, ().
+            x0: clean sample, (*dims,), floating.
+            eps: its noise, (*dims,), from `noise` or from wherever the pair comes.
+
+        Returns:
+            The noisy sample, (*dims,), in the dtype of `x0`.
+
+        Raises:
+            ValueError: if `eps` is not of the shape of `x0`.
+        """
+        x0, eps = floating(x0), jnp.asarray(eps)
+        if x0.shape != eps.shape:
+            raise _check.bad("mix", "eps", f"of the shape of x0, {x0.shape}", eps.shape)
+        return (self.alpha(t) * x0 + self.sigma(t) * eps).astype(x0.dtype)
+
+    def noise(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], *, dtype: Any = None
+    ) -> Float[Array, "*dims"]:
+        r"""Draw $\epsilon$ of one sample, $N(0, I)$ for a Gaussian kernel, by one normal draw."""
+        return jax.random.normal(key, shape, jnp.result_type(float) if dtype is None else dtype)
+
     def perturb(
         self, key: PRNGKeyArray, t: ScalarLike, x0: Float[ArrayLike, "*dims"]
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
-        r"""Draw $x_t = \alpha x_0 + \sigma\epsilon$ and return it with its noise.
+        r"""Draw `noise` and `mix` it in: return $x_t = \alpha x_0 + \sigma\epsilon$ and $\epsilon$.
 
         Args:
-            key: consumed by one normal draw.
+            key: consumed by the draw of the noise.
             t: time, ().
             x0: clean sample, (*dims,), floating.
 
         Returns:
             The noisy sample and the noise that was added, both (*dims,) in the dtype of `x0`.
         """
-        x0 = jnp.asarray(x0)
-        x0 = x0 if jnp.issubdtype(x0.dtype, jnp.floating) else x0.astype(float)
-        eps = jax.random.normal(key, x0.shape, x0.dtype)
-        return (self.alpha(t) * x0 + self.sigma(t) * eps).astype(x0.dtype), eps
+        x0 = floating(x0)
+        eps = self.noise(key, x0.shape, dtype=x0.dtype)
+        return self.mix(t, x0, eps), eps
 
     def prior(
         self,

@@ -30,15 +30,9 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxdiff import _check
 from jaxdiff._types import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, floating
 
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
-
-
-def floating(x: Any) -> Array:
-    """Return `x` as a floating array: integers become the default float."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
 def mixing(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:

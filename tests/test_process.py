@@ -297,6 +297,32 @@ def test_float32_in_float32_out(path):
 
 
 @each_process
+def test_mix_makes_the_noisy_point_of_a_pair(path):
+    rng = np.random.default_rng(2)
+    x0, eps = rng.normal(size=(2, 4, 3))
+    for t in inner_times(path, 3):
+        alpha = np.exp(float(path.lam(t))) * float(path.sigma(t))
+        want = alpha * x0 + float(path.sigma(t)) * eps
+        np.testing.assert_allclose(path.mix(t, x0, eps), want, rtol=1e-11)
+    key, t = jax.random.key(4), inner_times(path, 3)[1]
+    x, drawn = path.perturb(key, t, x0)
+    np.testing.assert_array_equal(drawn, jax.random.normal(key, (4, 3)))
+    np.testing.assert_array_equal(x, path.mix(t, x0, drawn))
+    assert path.mix(t, x0.astype(np.float32), eps).dtype == np.float32  # that of x0
+
+
+def test_the_ends_of_mix_are_exact(as_users_see_it):
+    x0, eps = np.random.default_rng(2).normal(size=(2, 4, 3))
+    np.testing.assert_array_equal(process.Rectified().mix(0.0, x0, eps), x0)
+    np.testing.assert_array_equal(process.Rectified().mix(1.0, x0, eps), eps)
+    np.testing.assert_array_equal(process.EDM().mix(0.0, x0, eps), x0)
+    with pytest.raises(
+        ValueError, match=r"mix: eps must be of the shape of x0, \(4, 3\), got \(3,\)"
+    ):
+        process.EDM().mix(1.0, x0, eps[0])
+
+
+@each_process
 def test_perturb_has_the_moments_of_the_path(path):
     n, x0 = 20_000, np.array([[1.5, -2.0]])
     t = float(smooth_times(path, 3)[1])
