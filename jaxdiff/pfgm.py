@@ -12,9 +12,11 @@ $\hat\epsilon = (x - m)/\sigma$, the field lines of the Poisson field of the dat
 $$ \frac{dx}{dr} = \frac{x - m}{r} \quad\Longleftrightarrow\quad
    \frac{dx}{d\sigma} = \hat\epsilon, $$
 
-the PF-ODE of `EDM`: every deterministic solver, and networks of every kind of prediction, work on
-the process `PFGMpp` as they are. What does not carry over is $-\hat\epsilon/\sigma$ as a score,
-and with it the reverse SDE, Langevin corrections and Fisher information: all hold up to $O(1/D)$.
+the PF-ODE of `EDM`: every deterministic solver, the likelihood by a derivative of the network, and
+networks of every prediction but `"score"` work on the process `PFGMpp` as they are. What does not
+carry over is $-\hat\epsilon/\sigma$ as a score, and with it the reverse SDE, Langevin corrections,
+Fisher information and the closed forms of `jaxdiff.exact`: all would hold up to $O(1/D)$ only, and
+are refused. `Empirical.score` is the true one, and a target of `jaxdiff.particles`.
 """
 
 import functools
@@ -69,6 +71,7 @@ class PFGMpp(EDM):
     """
 
     has_sde: ClassVar[bool] = False
+    kernel: ClassVar[str] = "student"
 
     D: ScalarLike = eqx.field(kw_only=True)
 
@@ -144,6 +147,11 @@ class Empirical(AbstractDenoiser):
     centre: Float[Array, " d"]
     shape: tuple[int, ...] = eqx.field(static=True)
 
+    @property
+    def needs_noise(self) -> bool:
+        """True: at sigma = 0 every point is an atom or has no probability."""
+        return True
+
     def _moments(self, t: ScalarLike, x: Array) -> tuple[streaming.Moments, Array]:
         """Return mass and mean of the centred data, and centred x."""
         if x.shape != self.shape:
@@ -216,5 +224,4 @@ def empirical(
     """
     if not isinstance(process, PFGMpp):
         raise _check.bad("pfgm.empirical", "process", "a PFGMpp", type(process).__name__)
-    rows = exact.empirical(process, data, weights, chunk=chunk)
-    return Empirical(process, rows.atoms, rows.log_weights, rows.centre, rows.shape)
+    return Empirical(process, *exact.atoms_of("empirical", data, weights, chunk))

@@ -46,8 +46,19 @@ def floating(x: Any) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
+_NO_FISHER = "derivatives of its denoiser give neither a Fisher information nor a covariance"
+
+
+def gaussian_only(where: str, argument: str, process: Any, instead: str = _NO_FISHER) -> None:
+    """Raise ValueError unless the kernel of a process is Gaussian, saying what to do `instead`."""
+    kernel = getattr(process, "kernel", "gaussian")
+    if kernel != "gaussian":
+        got = f"{type(process).__name__}, whose kernel is {kernel!r}; {instead}"
+        raise _check.bad(where, argument, "a process with a Gaussian kernel", got)
+
+
 class AbstractProcess(eqx.Module):
-    """A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
+    r"""A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
 
     Where alpha or sigma vanishes inside the range, override `alpha` or `sigma` as well, as
     `Rectified` does: the logarithm has no finite slope there, and `rates` needs one.
@@ -59,12 +70,18 @@ class AbstractProcess(eqx.Module):
         t_max: largest usable time (noise side).
         default_grid: the kind of grid that `grid` builds by default.
         has_sde: whether the marginals are also those of a reverse SDE.
+        kernel: law of the noise, `"gaussian"` unless a process says otherwise, as `PFGMpp` does by
+            `"student"`. The PF-ODE, the pair $(m, \hat\epsilon)$ and the losses hold for every
+            kernel; $-\hat\epsilon/\sigma$ as a score, the Fisher information, covariances from
+            derivatives of $m$, and the closed forms of `jaxdiff.exact` for a Gaussian one only,
+            and refuse another by `gaussian_only`.
     """
 
     t_min: eqx.AbstractVar[float]
     t_max: eqx.AbstractVar[float]
     default_grid: ClassVar[str] = "uniform"
     has_sde: ClassVar[bool] = True
+    kernel: ClassVar[str] = "gaussian"
 
     @abc.abstractmethod
     def log_alpha(self, t: ScalarLike) -> Scalar:

@@ -40,6 +40,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from jaxdiff import _check, exact
 from jaxdiff._types import Cond, ScalarLike, time_dtype
 from jaxdiff.fisher.lowrank import DiagLowRank, lanczos, neighbours, woodbury
+from jaxdiff.process import gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 Method: TypeAlias = Literal["jvp", "fd", "exact", "neighbours", "lanczos"]
@@ -159,6 +160,7 @@ def _known(
 ) -> None:
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    gaussian_only(where, "the process of the denoiser", denoiser.process)
     _check.choice(where, "method", method, ("jvp", "fd", "exact", *_LOW_RANK))
     if method == "exact" and not isinstance(denoiser, exact.AbstractExact):
         expected = "'jvp', 'fd' or 'lanczos', since this denoiser has no closed form"

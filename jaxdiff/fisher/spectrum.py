@@ -25,6 +25,7 @@ from jaxdiff._linalg import eigh
 from jaxdiff._types import Cond, Scalar, ScalarLike, time_dtype
 from jaxdiff.fisher.lowrank import DiagLowRank, determinant, ritz, symmetric, tridiagonalise
 from jaxdiff.fisher.trace import AbstractTrace, ExactTrace
+from jaxdiff.process import gaussian_only
 from jaxdiff.score import AbstractDenoiser
 
 
@@ -268,4 +269,5 @@ def intrinsic_dimension(
     ):
         if not isinstance(value, kind):
             raise _check.bad("intrinsic_dimension", name, f"an {kind.__name__}", repr(value))
+    gaussian_only("intrinsic_dimension", "the process of the denoiser", denoiser.process)
     return jnp.mean(estimator(denoiser, t, x, cond, key)[2])

@@ -31,7 +31,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from jaxdiff import _check, exact
 from jaxdiff._types import Cond, NetFn, Scalar, ScalarLike, time_dtype
 from jaxdiff.fisher.operators import _Difference, _operator, diagonal, is_operator
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, Denoiser, floating
 
 Probe: TypeAlias = Literal["rademacher", "gaussian"]
@@ -84,6 +84,9 @@ def _deflate(product: Any, sketch: Array, probes: Array) -> tuple[Scalar, Array]
 
 class AbstractTrace(eqx.Module):
     r"""An estimator of $r = \mathrm{tr}\,Cov[\epsilon | x_t = x]$ for one sample.
+
+    By derivatives it is one of $r = d - \sigma\,\mathrm{div}\,\hat\epsilon$: the same number where
+    the kernel of the process is Gaussian, and what a likelihood asks for where it is not.
 
     Attributes:
         stochastic: whether it draws probes, so that a call needs a key.
@@ -336,6 +339,7 @@ class TraceHead(AbstractTrace):
         self, denoiser: AbstractDenoiser, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"], Any]:
         r"""Return $m$, $\hat\epsilon$ and what `net` reads, from one evaluation."""
+        gaussian_only("TraceHead", "the process of the denoiser", denoiser.process)
         x = floating(x)
         if not self.features:
             h = jnp.hypot(denoiser.process.alpha(t), denoiser.process.sigma(t))
@@ -414,6 +418,7 @@ def matching_bound(
         m: true posterior mean, (*dims,).
         delta_m: error of the denoiser, ().
     """
+    gaussian_only("matching_bound", "process", process)
     snr, sigma = process.snr(t), process.sigma(t)
     size = jnp.sqrt(jnp.sum(floating(m) ** 2))
     return snr / sigma**2 * (d * delta_t + delta_m * (2 * size + delta_m))

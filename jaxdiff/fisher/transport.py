@@ -31,7 +31,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 from jaxdiff import _check, exact, grids
 from jaxdiff._types import INIT, Cond, Scalar, host64, is_concrete, stream, time_dtype
 from jaxdiff.fisher.operators import posterior_cov
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 Method: TypeAlias = Literal["jvp", "fd", "exact"]
@@ -136,6 +136,7 @@ def _start(
     """Check what both maps share, and return the starting point and the nodes."""
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    gaussian_only(where, "the process of the denoiser", denoiser.process)
     closed = ("exact",) if isinstance(denoiser, exact.AbstractExact) else ()
     _check.choice(where, "method", method, (None, "jvp", "fd", *closed))
     x = floating(x)

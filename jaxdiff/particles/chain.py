@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from jaxdiff import _check
 from jaxdiff._types import Cond, Scalar, ScalarLike, stream, time_dtype
 from jaxdiff.exact import AbstractExact
-from jaxdiff.score import AbstractDenoiser, floating
+from jaxdiff.score import AbstractDenoiser, check_score, floating
 
 
 class AbstractTarget(eqx.Module):
@@ -91,8 +91,9 @@ def target(
         cond: condition passed to the denoiser.
 
     Raises:
-        ValueError: if `law` is neither, `t` is missing or not one time, `t` or `cond` is given for
-            a log density, or (when called) the log density is not one number.
+        ValueError: if `law` is neither or knows no true score, `t` is missing or not one time, `t`
+            or `cond` is given for a log density, or (when called) the log density is not one
+            number.
 
     Example:
         >>> target(lambda x: -jnp.sum(x**2)).score(jnp.ones(2)).tolist()
@@ -102,6 +103,7 @@ def target(
         if t is None or np.ndim(t) != 0:
             got = None if t is None else f"shape {np.shape(t)}"
             raise _check.bad("target", "t", "one time of the denoiser, ()", got)
+        check_score("target", law)
         if isinstance(law, AbstractExact):
             return ExactMarginal(law, t, cond)
         return Marginal(law, t, cond)

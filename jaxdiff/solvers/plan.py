@@ -93,7 +93,7 @@ def plan_solve(
     ts = grids.check(process, ts, where=where, dtype=time_dtype(dtype))
     denoise, last, more = options.denoise, (1.0, ts[-1]), int(options.denoise)
     first, alpha, sigma = _ends(process, ts, time_dtype(dtype))
-    if is_concrete(first) and first == 0 and getattr(denoiser, "predicts", "") in ("eps", "score"):
+    if is_concrete(first) and first == 0 and denoiser.needs_signal:
         expected = "a time with alpha > 0: a network that predicts eps or score says nothing there"
         raise _check.bad(where, "ts[0]", expected, f"t={float(ts[0])!r}; start below it")
     if is_concrete(sigma) and sigma == 0:

@@ -33,7 +33,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from jaxdiff import _check, grids
 from jaxdiff._types import Cond, Scalar, ScalarLike, is_concrete, stream, time_dtype
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -131,6 +131,8 @@ def rows_of(where: str, denoiser: Any, data: Any, cond: Cond, chunk: Any) -> tup
 
 def _grid(where: str, process: AbstractProcess, ts: Any, scale: Any, dtype: Any) -> Any:
     _check.number(where, "scale", scale, float(np.finfo(np.float32).tiny), 1e300)
+    instead = "the bound is one of a reverse SDE, which it has not"
+    gaussian_only(where, "the process of the denoiser", process, instead)
     ts = grids.check(process, ts, where=where, dtype=dtype)
     if is_concrete(ts, process) and not process.sigma(ts[-1]) > 0:
         got = f"{ts[-1]:.9g}, where the bound is infinite"
