@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
-from jaxdiff._types import Scalar, ScalarLike, is_concrete
+from jaxdiff._types import Scalar, ScalarLike, host64, is_concrete
 
 
 def _positive_range(name: str, **values: Any) -> None:
@@ -247,6 +247,99 @@ class AbstractProcess(eqx.Module):
         """
         kind = self.default_grid if kind is None else kind
         return grids.make(self, n, kind, t_start=t_start, t_end=t_end, **options)
+
+
+_NOTHING = 2.0**-24  # what float32 rounds off: 6e-8, four times the root of float64's round-off
+_TIMES = 257
+
+
+def vanishing(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    r"""Say whether the signal and the noise of a point count as none, elementwise.
+
+    $$ \alpha \le 2^{-24}\sigma, \qquad \sigma \le 2^{-24}\alpha $$
+
+    so a scale of the size of round-off is 0, as $\cos(\pi t/2)$ at $t = 1$ is in floating point
+    ($6\cdot10^{-17}$), and so is the root of a difference that cancels ($1.5\cdot10^{-8}$). A ratio
+    of 6e-8 is also what float32 rounds off the other part. Ends that are meant are far from it: EDM
+    has 1/80 and 0.002, and a `sigma_max` of 1e6 still counts as signal.
+
+    Args:
+        alpha: signal scales, of any shape; in float64, from `host64`, where that can be had.
+        sigma: noise scales, of the shape of `alpha`.
+
+    Returns:
+        Whether there is no signal, and whether there is no noise.
+
+    Example:
+        >>> import numpy as np
+        >>> vanishing(np.cos(np.pi / 2), 1.0)[0] == (6e-17 < 2**-24)
+        True
+    """
+    return alpha <= _NOTHING * sigma, sigma <= _NOTHING * alpha
+
+
+def _table(process: AbstractProcess) -> tuple[Any, ...]:
+    """Return the scales and log-SNR at even times, and the times that the log-SNR leads back to."""
+    start, end = jnp.asarray(process.t_min, float), jnp.asarray(process.t_max, float)
+    ts = start + (end - start) * jnp.linspace(0.0, 1.0, _TIMES)
+    ts = ts.at[-1].set(end)
+
+    def row(t: Array) -> tuple[Array, ...]:
+        lam = process.lam(t)
+        return process.alpha(t), process.sigma(t), lam, process.t_of_lam(lam)
+
+    return ts, *jax.vmap(row)(ts)
+
+
+def check_path(process: AbstractProcess, where: str = "check_path") -> None:
+    """Raise ValueError unless a process is a path from data to noise, as far as can be seen.
+
+    Looked at are 257 even times of `[t_min, t_max]`, in float64 on the host, in one call. Ends
+    where the signal or the noise vanishes, by `vanishing`, may have any log-SNR. A process with
+    traced parameters passes. Cost: a millisecond or two, once compiled for the type of the process.
+
+    Args:
+        process: the process.
+        where: name of the calling function, for the message.
+
+    Raises:
+        ValueError: if the range is empty or not finite; if alpha or sigma is not finite or is
+            negative, or both are 0; if the log-SNR is not finite inside, is not log(alpha/sigma) or
+            does not decrease; or if `t_of_lam` does not give the time back.
+    """
+    if not is_concrete(process):
+        return
+    ts, alpha, sigma, lam, back = (np.asarray(a) for a in host64(_table, process))
+    name = f"process ({type(process).__name__})"
+    low, high = ts[0], ts[-1]
+    if not (np.all(np.isfinite(ts)) and low < high):
+        raise _check.bad(where, name, "of a finite range t_min < t_max", f"[{low:.9g}, {high:.9g}]")
+
+    def every(good: Any, expected: str, **values: Any) -> None:
+        if not np.all(good):
+            i = int(np.argmin(good))
+            got = ", ".join(f"{key}={float(value[i])!r}" for key, value in values.items())
+            raise _check.bad(where, name, expected, f"{got} at t={float(ts[i])!r}")
+
+    scales = dict(alpha=alpha, sigma=sigma)
+    every(np.isfinite(alpha) & np.isfinite(sigma), "of finite alpha and sigma", **scales)
+    least = -_NOTHING * np.maximum(np.abs(alpha), np.abs(sigma))
+    every((alpha >= least) & (sigma >= least), "of alpha and sigma that are not negative", **scales)
+    every((alpha > 0) | (sigma > 0), "of alpha and sigma that are not both 0", **scales)
+    no_signal, no_noise = vanishing(alpha, sigma)
+    seen = ~(no_signal | no_noise)
+    seen[1:-1] = True  # only the ends may have an infinite log-SNR
+    every(np.isfinite(lam) | ~seen, "of finite log-SNR lam inside its range", lam=lam)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(alpha / sigma)
+        near = np.abs(ratio - lam) <= 1e-4 * np.maximum(1, np.abs(lam))
+        close = np.abs(back - ts) <= 1e-5 * (high - low)
+        every(near | ~seen, "of lam = log(alpha/sigma)", lam=lam, log_ratio=ratio)
+    falls = np.diff(lam[seen], append=-np.inf) < 0
+    steady = np.ones(_TIMES, bool)
+    steady[seen] = falls
+    every(steady, "of a log-SNR lam that decreases in t", lam=lam)
+    every(close | ~seen, "of a t_of_lam that inverts lam", t_of_lam=back)
 
 
 class _LinearBeta(AbstractProcess):
