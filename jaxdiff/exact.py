@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 from jaxdiff import _check, streaming
 from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
 from jaxdiff._host import is_concrete
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 __all__ = [
@@ -52,7 +52,14 @@ class Posterior(NamedTuple):
 
 
 class AbstractExact(AbstractDenoiser):
-    """A denoiser whose diffused density is known as well, and its second derivatives."""
+    """A denoiser whose diffused density is known as well, and its second derivatives.
+
+    Raises:
+        ValueError: if the kernel of the process is not Gaussian.
+    """
+
+    def __check_init__(self) -> None:
+        _process(type(self).__name__.lower(), self.process)
 
     @abc.abstractmethod
     def log_density(self, t: ScalarLike, x: Float[ArrayLike, "*dims"]) -> Scalar:
@@ -147,6 +154,11 @@ class Mixture(AbstractExact):
     means: Float[Array, "k *dims"]
     variances: Float[Array, "rows cols"]
     basis: Float[Array, "rows d d"] | None
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether a covariance is singular; False where the variances are traced."""
+        return is_concrete(self.variances) and bool(np.any(np.asarray(self.variances) == 0))
 
     def _parts(self, t: ScalarLike, x: Any) -> tuple[Array, ...]:
         x, t = _sample("mixture", t, x, self.means.shape[1:])
@@ -257,6 +269,11 @@ class Empirical(AbstractExact):
     centre: Float[Array, " d"]
     shape: tuple[int, ...] = eqx.field(static=True)
 
+    @property
+    def needs_noise(self) -> bool:
+        """True: at sigma = 0 every point is an atom or has no probability."""
+        return True
+
     def summarise(
         self,
         t: ScalarLike,
@@ -340,6 +357,8 @@ def _sample(where: str, t: Any, x: Any, shape: tuple[int, ...]) -> tuple[Array, 
 def _process(where: str, process: Any) -> None:
     if not isinstance(process, AbstractProcess):
         raise _check.bad(where, "process", "a jaxdiff process", type(process).__name__)
+    instead = "the exact denoiser of data under PFGM++ is pfgm.empirical"
+    gaussian_only(f"exact.{where}", "process", process, instead)
 
 
 def _finite(where: str, argument: str, values: Array) -> None:
@@ -401,8 +420,8 @@ def mixture(
             `(K, d, d)` full matrices with d = prod(dims); a leading 1 in place of K shares one.
 
     Raises:
-        ValueError: if a shape does not fit, a weight is negative or a covariance is not positive
-            semidefinite.
+        ValueError: if a shape does not fit, a weight is negative, a covariance is not positive
+            semidefinite or the kernel of the process is not Gaussian.
 
     Example:
         >>> from jaxdiff.process import VP
@@ -461,17 +480,25 @@ def empirical(
         chunk: atoms per step of the streamed pass; memory per sample is O(chunk d).
 
     Raises:
-        ValueError: if `data` has no atom, `weights` does not fit, or `chunk` is not positive.
+        ValueError: if `data` has no atom, `weights` does not fit, `chunk` is not positive, or the
+            kernel of the process is not Gaussian (`jaxdiff.pfgm.empirical` is for PFGM++).
     """
-    _check.whole("empirical", "chunk", chunk, 1)
     _process("empirical", process)
+    return Empirical(process, *atoms_of("empirical", data, weights, chunk))
+
+
+def atoms_of(
+    where: str, data: Any, weights: Any, chunk: Any
+) -> tuple[Array, Array, Array, tuple[int, ...]]:
+    """Return the fields of an `Empirical` that follow its process, or raise if data do not fit."""
+    _check.whole(where, "chunk", chunk, 1)
     data = jnp.asarray(data)
     data = data if jnp.issubdtype(data.dtype, jnp.floating) else data * 1.0
     if data.ndim < 1 or data.shape[0] == 0:
-        raise _check.bad("empirical", "data", "of shape (N, *dims) with N >= 1", data.shape)
-    _finite("empirical", "data", data)
+        raise _check.bad(where, "data", "of shape (N, *dims) with N >= 1", data.shape)
+    _finite(where, "data", data)
     n, chunk = data.shape[0], min(chunk, data.shape[0])
-    log_p = log_weights("empirical", jnp.ones(n) if weights is None else weights, n)
+    log_p = log_weights(where, jnp.ones(n) if weights is None else weights, n)
     pad = -n % chunk
     atoms = data.reshape(n, -1)
     centre = jnp.mean(atoms.astype(time_dtype(data.dtype)), axis=0)
@@ -484,10 +511,5 @@ def empirical(
     if atoms.dtype == jnp.bfloat16:
         atoms = jax.lax.bitcast_convert_type(atoms, jnp.uint16)
     log_p = jnp.pad(log_p.astype(centre.dtype), (0, pad), constant_values=-jnp.inf)
-    return Empirical(
-        process,
-        atoms.reshape(-1, chunk, atoms.shape[1]),
-        log_p.reshape(-1, chunk),
-        centre,
-        data.shape[1:],
-    )
+    atoms = atoms.reshape(-1, chunk, atoms.shape[1])
+    return atoms, log_p.reshape(-1, chunk), centre, data.shape[1:]

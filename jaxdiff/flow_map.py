@@ -36,7 +36,7 @@ from jaxdiff._loop import over_steps
 from jaxdiff._passengers import At, Ride, Road, ride, road
 from jaxdiff._status import or_nan, status
 from jaxdiff.fisher.operators import posterior_cov
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 __all__ = [
@@ -115,6 +115,7 @@ def _start(where: str, denoiser: Any, x: Any, method: Any) -> Array:
     """Check what both maps share, and return the starting point."""
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    gaussian_only(where, "the process of the denoiser", denoiser.process)
     closed = ("exact",) if isinstance(denoiser, exact.AbstractExact) else ()
     _check.choice(where, "method", method, (None, "jvp", "fd", *closed))
     return floating(x)

@@ -12,9 +12,11 @@ $\hat\epsilon = (x - m)/\sigma$, the field lines of the Poisson field of the dat
 $$ \frac{dx}{dr} = \frac{x - m}{r} \quad\Longleftrightarrow\quad
    \frac{dx}{d\sigma} = \hat\epsilon, $$
 
-the PF-ODE of `EDM`: every deterministic solver, and networks of every kind of prediction, work on
-the process `PFGMpp` as they are. What does not carry over is $-\hat\epsilon/\sigma$ as a score,
-and with it the reverse SDE, Langevin corrections and Fisher information: all hold up to $O(1/D)$.
+the PF-ODE of `EDM`: every deterministic solver, the likelihood by a derivative of the network, and
+networks of every prediction but `"score"` work on the process `PFGMpp` as they are. What does not
+carry over is $-\hat\epsilon/\sigma$ as a score, and with it the reverse SDE, Langevin corrections,
+Fisher information and the closed forms of `jaxdiff.exact`: all would hold up to $O(1/D)$ only, and
+are refused. `Empirical.score` is the true one, and a target of `jaxdiff.particles`.
 """
 
 import functools
@@ -72,6 +74,7 @@ class PFGMpp(EDM):
     """
 
     has_sde: ClassVar[bool] = False
+    kernel: ClassVar[str] = "student"
 
     D: ScalarLike = eqx.field(kw_only=True)
 
@@ -88,18 +91,16 @@ class PFGMpp(EDM):
         half = jnp.asarray(self.D, time_dtype(dtype)) / 2
         return jnp.exp((jnp.log(half) - jax.random.loggamma(key, half, (), half.dtype)) / 2)
 
-    def perturb(
-        self, key: PRNGKeyArray, t: ScalarLike, x0: Float[ArrayLike, "*dims"]
-    ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
-        r"""Draw $x_t = x_0 + \sigma\epsilon$ and return it with its heavy-tailed $\epsilon$.
+    def noise(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], *, dtype: Any = None
+    ) -> Float[Array, "*dims"]:
+        r"""Draw the heavy-tailed $\epsilon = z/\sqrt w$, by one normal and one gamma draw.
 
-        A network that regresses $\epsilon$, or $x_0$, learns $\hat\epsilon$, or $m$. The key is
-        consumed by one normal and one gamma draw.
+        A network that regresses $\epsilon$, or $x_0$, learns $\hat\epsilon$, or $m$.
         """
         normal, mixing = jax.random.split(key)
-        x0, (_, z) = floating(x0), super().perturb(normal, t, x0)
-        eps = self._stretch(mixing, z.dtype) * z
-        return (x0 + self.sigma(t) * eps).astype(z.dtype), eps.astype(z.dtype)
+        z = super().noise(normal, shape, dtype=dtype)
+        return (self._stretch(mixing, z.dtype) * z).astype(z.dtype)
 
     def prior(
         self, key: PRNGKeyArray, shape: tuple[int, ...], *, t: Any = None, dtype: Any = None
@@ -148,6 +149,11 @@ class Empirical(AbstractDenoiser):
     log_weights: Float[Array, "chunks chunk"]
     centre: Float[Array, " d"]
     shape: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def needs_noise(self) -> bool:
+        """True: at sigma = 0 every point is an atom or has no probability."""
+        return True
 
     def _moments(self, t: ScalarLike, x: Array) -> tuple[streaming.Moments, Array]:
         """Return mass and mean of the centred data, and centred x."""
@@ -221,5 +227,4 @@ def empirical(
     """
     if not isinstance(process, PFGMpp):
         raise _check.bad("pfgm.empirical", "process", "a PFGMpp", type(process).__name__)
-    rows = exact.empirical(process, data, weights, chunk=chunk)
-    return Empirical(process, rows.atoms, rows.log_weights, rows.centre, rows.shape)
+    return Empirical(process, *exact.atoms_of("empirical", data, weights, chunk))

@@ -22,9 +22,22 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check, grids
 from jaxdiff._array import Scalar, ScalarLike
-from jaxdiff._host import is_concrete
+from jaxdiff._host import host64, is_concrete
 
-__all__ = ["EDM", "VE", "VP", "AbstractProcess", "Cosine", "Discrete", "Rectified", "SubVP"]
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "AbstractProcess",
+    "Cosine",
+    "Discrete",
+    "Rectified",
+    "SubVP",
+    "check_path",
+    "floating",
+    "gaussian_only",
+    "vanishing",
+]
 
 
 def _positive_range(name: str, **values: Any) -> None:
@@ -43,8 +56,25 @@ def _real(value: ScalarLike) -> Scalar:
     return jnp.asarray(value, jnp.result_type(value, float))
 
 
+def floating(x: Any) -> Array:
+    """Return `x` as a floating array: integers become the default float."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+
+
+_NO_FISHER = "derivatives of its denoiser give neither a Fisher information nor a covariance"
+
+
+def gaussian_only(where: str, argument: str, process: Any, instead: str = _NO_FISHER) -> None:
+    """Raise ValueError unless the kernel of a process is Gaussian, saying what to do `instead`."""
+    kernel = getattr(process, "kernel", "gaussian")
+    if kernel != "gaussian":
+        got = f"{type(process).__name__}, whose kernel is {kernel!r}; {instead}"
+        raise _check.bad(where, argument, "a process with a Gaussian kernel", got)
+
+
 class AbstractProcess(eqx.Module):
-    """A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
+    r"""A Gaussian path from data to noise. Subclasses write `log_alpha` and `log_sigma`.
 
     Where alpha or sigma vanishes inside the range, override `alpha` or `sigma` as well, as
     `Rectified` does: the logarithm has no finite slope there, and `rates` needs one.
@@ -56,12 +86,18 @@ class AbstractProcess(eqx.Module):
         t_max: largest usable time (noise side).
         default_grid: the kind of grid that `grid` builds by default.
         has_sde: whether the marginals are also those of a reverse SDE.
+        kernel: law of the noise, `"gaussian"` unless a process says otherwise, as `PFGMpp` does by
+            `"student"`. The PF-ODE, the pair $(m, \hat\epsilon)$ and the losses hold for every
+            kernel; $-\hat\epsilon/\sigma$ as a score, the Fisher information, covariances from
+            derivatives of $m$, and the closed forms of `jaxdiff.exact` for a Gaussian one only,
+            and refuse another by `gaussian_only`.
     """
 
     t_min: eqx.AbstractVar[float]
     t_max: eqx.AbstractVar[float]
     default_grid: ClassVar[str] = "uniform"
     has_sde: ClassVar[bool] = True
+    kernel: ClassVar[str] = "gaussian"
 
     @abc.abstractmethod
     def log_alpha(self, t: ScalarLike) -> Scalar:
@@ -128,23 +164,49 @@ class AbstractProcess(eqx.Module):
         inner = t - (self.lam(t) - lam) / jax.lax.stop_gradient(slope)
         return jnp.where(jnp.isinf(lam), end, inner)
 
+    def mix(
+        self, t: ScalarLike, x0: Float[ArrayLike, "*dims"], eps: Float[ArrayLike, "*dims"]
+    ) -> Float[Array, "*dims"]:
+        r"""Return the noisy point $x_t = \alpha x_0 + \sigma\epsilon$ of a pair.
+
+        Args:
+            t: time, ().
+            x0: clean sample, (*dims,), floating.
+            eps: its noise, (*dims,), from `noise` or from wherever the pair comes.
+
+        Returns:
+            The noisy sample, (*dims,), in the dtype of `x0`.
+
+        Raises:
+            ValueError: if `eps` is not of the shape of `x0`.
+        """
+        x0, eps = floating(x0), jnp.asarray(eps)
+        if x0.shape != eps.shape:
+            raise _check.bad("mix", "eps", f"of the shape of x0, {x0.shape}", eps.shape)
+        return (self.alpha(t) * x0 + self.sigma(t) * eps).astype(x0.dtype)
+
+    def noise(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], *, dtype: Any = None
+    ) -> Float[Array, "*dims"]:
+        r"""Draw $\epsilon$ of one sample, $N(0, I)$ for a Gaussian kernel, by one normal draw."""
+        return jax.random.normal(key, shape, jnp.result_type(float) if dtype is None else dtype)
+
     def perturb(
         self, key: PRNGKeyArray, t: ScalarLike, x0: Float[ArrayLike, "*dims"]
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"]]:
-        r"""Draw $x_t = \alpha x_0 + \sigma\epsilon$ and return it with its noise.
+        r"""Draw `noise` and `mix` it in: return $x_t = \alpha x_0 + \sigma\epsilon$ and $\epsilon$.
 
         Args:
-            key: consumed by one normal draw.
+            key: consumed by the draw of the noise.
             t: time, ().
             x0: clean sample, (*dims,), floating.
 
         Returns:
             The noisy sample and the noise that was added, both (*dims,) in the dtype of `x0`.
         """
-        x0 = jnp.asarray(x0)
-        x0 = x0 if jnp.issubdtype(x0.dtype, jnp.floating) else x0.astype(float)
-        eps = jax.random.normal(key, x0.shape, x0.dtype)
-        return (self.alpha(t) * x0 + self.sigma(t) * eps).astype(x0.dtype), eps
+        x0 = floating(x0)
+        eps = self.noise(key, x0.shape, dtype=x0.dtype)
+        return self.mix(t, x0, eps), eps
 
     def prior(
         self,
@@ -201,6 +263,100 @@ class AbstractProcess(eqx.Module):
         """
         kind = self.default_grid if kind is None else kind
         return grids.make(self, n, kind, t_start=t_start, t_end=t_end, **options)
+
+
+_NOTHING = 2.0**-24  # what float32 rounds off: 6e-8, four times the root of float64's round-off
+_TIMES = 257
+
+
+def vanishing(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    r"""Say whether the signal and the noise of a point count as none, elementwise.
+
+    $$ \alpha \le 2^{-24}\sigma, \qquad \sigma \le 2^{-24}\alpha $$
+
+    so a scale of the size of round-off is 0, as $\cos(\pi t/2)$ at $t = 1$ is in floating point
+    ($6\cdot10^{-17}$), and so is the root of a difference that cancels ($1.5\cdot10^{-8}$). A ratio
+    of 6e-8 is also what float32 rounds off the other part. Ends that are meant are far from it: EDM
+    has 1/80 and 0.002, and a `sigma_max` of 1e6 still counts as signal.
+
+    Args:
+        alpha: signal scales, of any shape; in float64, from `host64`, where that can be had.
+        sigma: noise scales, of the shape of `alpha`.
+
+    Returns:
+        Whether there is no signal, and whether there is no noise.
+
+    Example:
+        >>> import numpy as np
+        >>> no_signal, no_noise = vanishing(np.cos(np.pi / 2), 1.0)
+        >>> bool(no_signal), bool(no_noise)
+        (True, False)
+    """
+    return alpha <= _NOTHING * sigma, sigma <= _NOTHING * alpha
+
+
+def _table(process: AbstractProcess) -> tuple[Any, ...]:
+    """Return the scales and log-SNR at even times, and the times that the log-SNR leads back to."""
+    start, end = jnp.asarray(process.t_min, float), jnp.asarray(process.t_max, float)
+    ts = start + (end - start) * jnp.linspace(0.0, 1.0, _TIMES)
+    ts = ts.at[-1].set(end)
+
+    def row(t: Array) -> tuple[Array, ...]:
+        lam = process.lam(t)
+        return process.alpha(t), process.sigma(t), lam, process.t_of_lam(lam)
+
+    return ts, *jax.vmap(row)(ts)
+
+
+def check_path(process: AbstractProcess, where: str = "check_path") -> None:
+    """Raise ValueError unless a process is a path from data to noise, as far as can be seen.
+
+    Looked at are 257 even times of `[t_min, t_max]`, in float64 on the host, in one call. Ends
+    where the signal or the noise vanishes, by `vanishing`, may have any log-SNR. A process with
+    traced parameters passes. Cost: a millisecond or two, once compiled for the type of the process.
+
+    Args:
+        process: the process.
+        where: name of the calling function, for the message.
+
+    Raises:
+        ValueError: if the range is empty or not finite; if alpha or sigma is not finite or is
+            negative, or both are 0; if the log-SNR is not finite inside, is not log(alpha/sigma) or
+            does not decrease; or if `t_of_lam` does not give the time back.
+    """
+    if not is_concrete(process):
+        return
+    ts, alpha, sigma, lam, back = (np.asarray(a) for a in host64(_table, process))
+    name = f"process ({type(process).__name__})"
+    low, high = ts[0], ts[-1]
+    if not (np.all(np.isfinite(ts)) and low < high):
+        raise _check.bad(where, name, "of a finite range t_min < t_max", f"[{low:.9g}, {high:.9g}]")
+
+    def every(good: Any, expected: str, **values: Any) -> None:
+        if not np.all(good):
+            i = int(np.argmin(good))
+            got = ", ".join(f"{key}={float(value[i])!r}" for key, value in values.items())
+            raise _check.bad(where, name, expected, f"{got} at t={float(ts[i])!r}")
+
+    scales = dict(alpha=alpha, sigma=sigma)
+    every(np.isfinite(alpha) & np.isfinite(sigma), "of finite alpha and sigma", **scales)
+    least = -_NOTHING * np.maximum(np.abs(alpha), np.abs(sigma))
+    every((alpha >= least) & (sigma >= least), "of alpha and sigma that are not negative", **scales)
+    every((alpha > 0) | (sigma > 0), "of alpha and sigma that are not both 0", **scales)
+    no_signal, no_noise = vanishing(alpha, sigma)
+    seen = ~(no_signal | no_noise)
+    seen[1:-1] = True  # only the ends may have an infinite log-SNR
+    every(np.isfinite(lam) | ~seen, "of finite log-SNR lam inside its range", lam=lam)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(alpha / sigma)
+        near = np.abs(ratio - lam) <= 1e-4 * np.maximum(1, np.abs(lam))
+        close = np.abs(back - ts) <= 1e-5 * (high - low)
+        every(near | ~seen, "of lam = log(alpha/sigma)", lam=lam, log_ratio=ratio)
+    falls = np.diff(lam[seen], append=-np.inf) < 0
+    steady = np.ones(_TIMES, bool)
+    steady[seen] = falls
+    every(steady, "of a log-SNR lam that decreases in t", lam=lam)
+    every(close | ~seen, "of a t_of_lam that inverts lam", t_of_lam=back)
 
 
 class _LinearBeta(AbstractProcess):

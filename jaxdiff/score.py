@@ -14,8 +14,9 @@ $o = a\,m + b\,\hat\epsilon$:
 
 Given $x$ and $o$, the pair is the solution of a 2x2 system with determinant
 $D = \alpha b - \sigma a$: $m = (b x - \sigma o)/D$, $\hat\epsilon = (\alpha o - a x)/D$. `v` and
-`velocity` are finite at both ends of the path; `eps` loses $m$ where alpha = 0 and `x0` loses
-$\hat\epsilon$ where sigma = 0.
+`velocity` are finite at both ends of the path; `eps` and `score` lose $m$ where alpha = 0
+(`needs_signal`) and `x0` loses $\hat\epsilon$ where sigma = 0 (`needs_noise`). A score that is
+finite at sigma = 0 gives the pair there, $m = x/\alpha$ and $\hat\epsilon = 0$.
 """
 
 import abc
@@ -30,12 +31,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxdiff import _check
 from jaxdiff._array import Cond, NetFn, Prediction, Scalar, ScalarLike, time_dtype
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, floating, gaussian_only
 
 __all__ = [
     "PREDICTIONS",
     "AbstractDenoiser",
     "Denoiser",
+    "check_score",
     "edm_coefficients",
     "floating",
     "from_batched",
@@ -46,12 +48,6 @@ __all__ = [
 ]
 
 PREDICTIONS = ("x0", "eps", "score", "v", "velocity")
-
-
-def floating(x: Any) -> Array:
-    """Return `x` as a floating array: integers become the default float."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
 def mixing(process: AbstractProcess, kind: Prediction, t: ScalarLike) -> tuple[Any, Any]:
@@ -86,6 +82,25 @@ class AbstractDenoiser(eqx.Module):
 
     process: eqx.AbstractVar[AbstractProcess]
 
+    @property
+    def needs_signal(self) -> bool:
+        r"""Whether `pair` is undefined where alpha = 0.
+
+        There $x - \sigma\hat\epsilon$ does not tell $m$. True if it is of any denoiser among the
+        fields of this one, at any depth of the pytree: a wrapper is defined where what it wraps is.
+        Override it where that is not so, or where the inner denoiser is no child of the pytree.
+        """
+        return any(inner.needs_signal for inner in _inside(self))
+
+    @property
+    def needs_noise(self) -> bool:
+        r"""Whether `pair` is undefined where sigma = 0.
+
+        There $x - \alpha m$ does not tell $\hat\epsilon$. By default that of the fields, as
+        `needs_signal`.
+        """
+        return any(inner.needs_noise for inner in _inside(self))
+
     @abc.abstractmethod
     def pair(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
@@ -107,7 +122,12 @@ class AbstractDenoiser(eqx.Module):
     def score(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None
     ) -> Float[Array, "*dims"]:
-        r"""Return the score $\nabla\log q_t(x) = -\hat\epsilon/\sigma$."""
+        r"""Return the score $\nabla\log q_t(x) = -\hat\epsilon/\sigma$.
+
+        Raises:
+            ValueError: if the kernel of the process is not Gaussian, of which this does not hold.
+        """
+        check_score("score", self)
         return self._view("score", t, x, cond)
 
     def v(
@@ -128,6 +148,19 @@ class AbstractDenoiser(eqx.Module):
             return (-eps / self.process.sigma(t)).astype(m.dtype)
         a, b = mixing(self.process, kind, t)
         return (a * m + b * eps).astype(m.dtype)
+
+
+def _inside(denoiser: AbstractDenoiser) -> list[AbstractDenoiser]:
+    """Return the outermost denoisers among the children of a denoiser."""
+    inner = lambda node: isinstance(node, AbstractDenoiser) and node is not denoiser  # noqa: E731
+    return [leaf for leaf in jax.tree.leaves(denoiser, is_leaf=inner) if inner(leaf)]
+
+
+def check_score(where: str, denoiser: AbstractDenoiser) -> None:
+    """Raise ValueError where a denoiser has no score but that of a Gaussian kernel, and not one."""
+    if type(denoiser).score in (AbstractDenoiser.score, Denoiser.score):
+        instead = "only a denoiser with a score of its own, as pfgm.empirical builds, has one there"
+        gaussian_only(where, "the process of the denoiser", denoiser.process, instead)
 
 
 def _time(t: ScalarLike, x: Array) -> Array:
@@ -173,8 +206,9 @@ class Denoiser(AbstractDenoiser):
         predicts: what `net` returns, one of `"x0"`, `"eps"`, `"score"`, `"v"`, `"velocity"`.
 
     Raises:
-        ValueError: if `predicts` is unknown, or (when called) if `net` returns another shape than
-            that of `x`.
+        ValueError: if `predicts` is unknown, or `"score"` where the kernel of the process is not
+            Gaussian (a score then does not give the pair), or (when called) if `net` returns
+            another shape than that of `x`.
 
     Example:
         >>> from jaxdiff.process import VP
@@ -193,6 +227,19 @@ class Denoiser(AbstractDenoiser):
             raise _check.bad("Denoiser", "process", "a jaxdiff process", repr(self.process))
         if not callable(self.net):
             raise _check.bad("Denoiser", "net", "callable as net(t, x, cond)", repr(self.net))
+        if self.predicts == "score":
+            instead = "predict x0, eps, v or velocity there, since a score does not give m"
+            gaussian_only("Denoiser", "process (with predicts='score')", self.process, instead)
+
+    @property
+    def needs_signal(self) -> bool:
+        """Whether the network predicts `"eps"` or `"score"`, or holds a denoiser that needs it."""
+        return self.predicts in ("eps", "score") or super().needs_signal
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the network predicts `"x0"`, or holds a denoiser that needs it."""
+        return self.predicts == "x0" or super().needs_noise
 
     def raw(
         self, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond = None

@@ -12,8 +12,9 @@ import scipy.optimize
 import scipy.stats
 
 import jaxdiff as jd
-from jaxdiff import exact, pfgm
-from jaxdiff.process import EDM
+from jaxdiff import exact, fisher, particles, pfgm, phase, train, tuning
+from jaxdiff.process import EDM, AbstractProcess
+from jaxdiff.score import AbstractDenoiser, Denoiser
 from jaxdiff.solvers import Heun
 
 KEY = jax.random.key(5)
@@ -195,6 +196,132 @@ def test_sampling_from_the_prior_reaches_the_data():
     assert np.quantile(nearest.min(axis=1), 0.99) < 1e-6
     shares = np.bincount(nearest.argmin(axis=1), minlength=3) / n
     assert np.all(np.abs(shares - P) < 4 * np.sqrt(P * (1 - P) / n))
+
+
+# --- What holds for a Gaussian kernel only. ------------------------------------------------------
+
+EXACT = pfgm.empirical(pfgm.PFGMpp(D=4.0, sigma_min=0.01), PLANE, P)
+NET = Denoiser(pfgm.PFGMpp(D=4.0), lambda t, x, cond: x / (1 + t))
+T, X = jnp.asarray(1.0), jnp.array([1.1, -0.7])
+
+
+def log_law(x):
+    """Log density of the Student mixture, but for a constant."""
+    squares = jnp.sum((x[None] - PLANE) ** 2, axis=1)
+    return jax.nn.logsumexp(jnp.log(P) - (2 + 4) / 2 * jnp.log(squares + 4.0))
+
+
+def posterior():
+    """Weights of the atoms given X, in NumPy."""
+    w = P * (np.sum((np.asarray(X) - PLANE) ** 2, axis=1) + 4.0) ** -3
+    return w / w.sum()
+
+
+class Wrapped(AbstractDenoiser):
+    inner: AbstractDenoiser
+    process: AbstractProcess
+
+    def pair(self, t, x, cond=None):
+        return self.inner.pair(t, x, cond)
+
+
+VIEWED = Wrapped(EXACT, EXACT.process)
+NOISE = jnp.array([0.3, -1.0])
+KLUB = dict(ts=np.geomspace(5.0, 0.5, 4))
+HEAD = fisher.TraceHead(lambda t, x, cond: jnp.sum(x))
+REFUSED = {
+    "gaussian": lambda: exact.gaussian(EXACT.process, [0.0], 1.0),
+    "mixture": lambda: exact.mixture(EXACT.process, [1.0], [[0.0]], 1.0),
+    "empirical": lambda: exact.empirical(EXACT.process, PLANE),
+    "built by hand": lambda: exact.Empirical(
+        EXACT.process, EXACT.atoms, EXACT.log_weights, EXACT.centre, EXACT.shape
+    ),
+    "score of a network": lambda: NET.score(T, X),
+    "score of a wrapper": lambda: VIEWED.score(T, X),
+    "a network that predicts it": lambda: Denoiser(EXACT.process, NET.net, "score"),
+    "fisher": lambda: fisher.fisher(EXACT, T, X),
+    "fisher by differences": lambda: fisher.fisher(NET, T, X, method="fd"),
+    "fisher by lanczos": lambda: fisher.fisher(NET, T, X, method="lanczos", rank=1),
+    "posterior_cov": lambda: fisher.posterior_cov(EXACT, T, X),
+    "fisher_of": lambda: fisher.fisher_of(
+        fisher.isotropic_cov(EXACT.process, T, 1.0, X), EXACT.process, T
+    ),
+    "endpoint_bound": lambda: fisher.endpoint_bound(EXACT.process, T, 1.0, X, X),
+    "matching_bound": lambda: fisher.matching_bound(EXACT.process, T, 2, 0.1, X, 0.1),
+    "curvature": lambda: fisher.Curvature()(EXACT, T, X, None),
+    "newton": lambda: fisher.Newton()(EXACT, T, X, NOISE),
+    "rank one": lambda: fisher.RankOne()(EXACT, T, X, NOISE),
+    "intrinsic_dimension": lambda: fisher.intrinsic_dimension(EXACT, T, X),
+    "trace head": lambda: HEAD(EXACT, T, X),
+    "trace_loss": lambda: train.trace_loss(HEAD, EXACT, X, NOISE, t=T),
+    "flow_jacobian": lambda: fisher.transport.flow_jacobian(EXACT, X, ts=KLUB["ts"]),
+    "ddim_jacobian": lambda: fisher.transport.ddim_jacobian(EXACT, X, ts=KLUB["ts"]),
+    "transport_test": lambda: fisher.transport.transport_test(KEY, EXACT, (2,), num=2, **KLUB),
+    "target": lambda: particles.target(NET, T),
+    "target of a wrapper": lambda: particles.target(VIEWED, T),
+    "local gaussian": lambda: jd.draw(
+        None, EXACT, (2,), solver=jd.solvers.LocalGaussian(fisher.Curvature()), init=X, **KLUB
+    ),
+    "klub": lambda: tuning.klub(KEY, EXACT, PLANE, **KLUB),
+    "align_your_steps": lambda: tuning.align_your_steps(KEY, EXACT, PLANE, **KLUB),
+    "lifted": lambda: phase.Lifted(phase.CLD(), EXACT),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_a_kernel_that_is_not_gaussian_is_refused(call):
+    with pytest.raises(ValueError, match="a process with a Gaussian kernel, got PFGMpp, whose ker"):
+        call()
+
+
+def test_the_score_is_that_of_the_law():
+    want = jax.grad(log_law)(X)
+    np.testing.assert_allclose(EXACT.score(T, X), want, rtol=1e-10)
+    assert np.abs(EXACT.eps(T, X) + want).max() > 0.1  # T = 1: it is not -eps
+    target = particles.target(EXACT, T)
+    np.testing.assert_allclose(target.score(X), want, rtol=1e-10)
+
+
+def test_every_prediction_but_the_score_gives_the_pair():
+    m = posterior() @ PLANE
+    t, x = float(T), np.asarray(X)
+    says = {"x0": m, "eps": (x - m) / t, "velocity": (x - m) / t, "v": (x - m) / t - t * m}
+    for kind, value in says.items():
+        got = Denoiser(EXACT.process, lambda t, x, cond, value=value: jnp.asarray(value), kind)
+        for a, b in zip(got.pair(T, X), (m, (x - m) / t), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_models_of_the_posterior_that_need_no_derivative_hold_as_they_are():
+    w = posterior()
+    C = np.cov(PLANE.T, aweights=w, bias=True)
+    for kind in ("centred", "raw"):
+        draw = lambda y, kind=kind: fisher.endpoint_cov(EXACT, T, X, y, kind=kind).as_matrix()  # noqa: E731
+        np.testing.assert_allclose(sum(p * draw(y) for p, y in zip(w, PLANE, strict=True)), C)
+    flat = fisher.isotropic_cov(EXACT.process, T, np.trace(C), X).as_matrix()  # T = 1: tr R = tr C
+    np.testing.assert_allclose(flat, np.trace(C) / 2 * np.eye(2))
+    gated = fisher.gated_cov(EXACT, T, X, PLANE[0], np.trace(C)).as_matrix()
+    np.testing.assert_allclose(np.trace(gated), np.trace(C))
+
+
+@pytest.mark.parametrize("trace", [fisher.ExactTrace(), fisher.Hutchinson(40), fisher.HutchPP(6)])
+def test_traces_by_derivatives_are_those_of_the_flow(trace):
+    def mean(x):
+        squares = jnp.sum((x[None] - PLANE) ** 2, axis=1)
+        return jax.nn.softmax(jnp.log(P) - 3 * jnp.log(squares + 4.0)) @ PLANE
+
+    want = jnp.trace(jax.jacfwd(mean)(X))  # d - sigma div eps, at sigma = 1
+    values = trace(EXACT, T, X, None, KEY if trace.stochastic else None)[2]
+    tolerance = 4 * jnp.std(values) / len(values) ** 0.5 if len(values) > 1 else 1e-12
+    assert abs(jnp.mean(values) - want) <= tolerance + 1e-12
+
+
+def test_the_likelihood_is_the_density():
+    model = pfgm.empirical(pfgm.PFGMpp(D=4.0, sigma_max=4000.0), PLANE, P)
+    ts = np.geomspace(4000.0, 0.8, 161)
+    out = quick(lambda x: jd.log_prob(model, x, ts=ts, trace=fisher.ExactTrace()).log_prob)(X)
+    kernels = [scipy.stats.multivariate_t(y, 0.64 * np.eye(2), df=4.0).pdf(X) for y in PLANE]
+    assert float(out) == pytest.approx(np.log(P @ kernels), abs=3e-4)
 
 
 # --- Errors. -------------------------------------------------------------------------------------

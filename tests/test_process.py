@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
-from helpers import PROCESSES, each_process, inner_times
+from helpers import PROCESSES, each, each_process, inner_times
 
-from jaxdiff import process
+from jaxdiff import interpolants, pfgm, process
 from jaxdiff.process import VE, VP, AbstractProcess, Cosine, Discrete, Rectified, SubVP
 
 METHODS = ("log_alpha", "log_sigma", "alpha", "sigma", "lam", "snr", "f", "g2")
@@ -297,6 +297,32 @@ def test_float32_in_float32_out(path):
 
 
 @each_process
+def test_mix_makes_the_noisy_point_of_a_pair(path):
+    rng = np.random.default_rng(2)
+    x0, eps = rng.normal(size=(2, 4, 3))
+    for t in inner_times(path, 3):
+        alpha = np.exp(float(path.lam(t))) * float(path.sigma(t))
+        want = alpha * x0 + float(path.sigma(t)) * eps
+        np.testing.assert_allclose(path.mix(t, x0, eps), want, rtol=1e-11)
+    key, t = jax.random.key(4), inner_times(path, 3)[1]
+    x, drawn = path.perturb(key, t, x0)
+    np.testing.assert_array_equal(drawn, jax.random.normal(key, (4, 3)))
+    np.testing.assert_array_equal(x, path.mix(t, x0, drawn))
+    assert path.mix(t, x0.astype(np.float32), eps).dtype == np.float32  # that of x0
+
+
+def test_the_ends_of_mix_are_exact(as_users_see_it):
+    x0, eps = np.random.default_rng(2).normal(size=(2, 4, 3))
+    np.testing.assert_array_equal(process.Rectified().mix(0.0, x0, eps), x0)
+    np.testing.assert_array_equal(process.Rectified().mix(1.0, x0, eps), eps)
+    np.testing.assert_array_equal(process.EDM().mix(0.0, x0, eps), x0)
+    with pytest.raises(
+        ValueError, match=r"mix: eps must be of the shape of x0, \(4, 3\), got \(3,\)"
+    ):
+        process.EDM().mix(1.0, x0, eps[0])
+
+
+@each_process
 def test_perturb_has_the_moments_of_the_path(path):
     n, x0 = 20_000, np.array([[1.5, -2.0]])
     t = float(smooth_times(path, 3)[1])
@@ -519,3 +545,96 @@ def test_quadratic_grid_of_negative_times_is_refused():
     path = PlainFlow(t_min=-1.0)
     with pytest.raises(ValueError, match="t_end must be not negative for kind='quadratic'"):
         path.grid(4, "quadratic")
+
+
+# --- A path that is none, and ends that are. -----------------------------------------------------
+
+
+class Written(AbstractProcess):
+    """What a user may write: two scales as functions, and the rest by default."""
+
+    scales: tuple
+    t_min: float = 0.0
+    t_max: float = 1.0
+    lies: float = 0.0
+
+    def alpha(self, t):
+        return self.scales[0](t)
+
+    def sigma(self, t):
+        return self.scales[1](t)
+
+    def log_alpha(self, t):
+        return jnp.log(self.alpha(t))
+
+    def log_sigma(self, t):
+        return jnp.log(self.sigma(t))
+
+    def t_of_lam(self, lam):
+        return super().t_of_lam(lam) + self.lies
+
+
+class Twice(Written):
+    def lam(self, t):
+        return 2 * super().lam(t)
+
+
+def angle(end):
+    return eqx.Partial(lambda t: jnp.cos(end * t)), eqx.Partial(lambda t: jnp.sin(end * t))
+
+
+PATHS = PROCESSES | {
+    "PFGMpp": pfgm.PFGMpp(D=3.0),
+    "linear": interpolants.as_process(interpolants.bridge("linear")),
+    "trigonometric": interpolants.as_process(
+        interpolants.bridge("trigonometric", "sin2", scale=0.3)
+    ),
+    "wide EDM": process.EDM(sigma_min=1e-5, sigma_max=1e6),
+    "cosine to its end": Written(angle(math.pi / 2)),
+}
+
+
+@each(PATHS, "path")
+def test_a_path_passes_its_check(path):
+    process.check_path(path)
+    jax.jit(lambda: process.check_path(path))()
+    number = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float32), eqx.filter(path, eqx.is_inexact_array_like)
+    )
+    process.check_path(eqx.combine(number, path))
+
+
+one = eqx.Partial(lambda t: jnp.ones_like(t))
+NO_PATHS = {
+    "of a finite range t_min < t_max, got \\[1, 0\\]": Written(angle(1.0), 1.0, 0.0),
+    "of finite alpha and sigma, got alpha=nan, sigma=0.5 at t=0.5": Written(
+        (eqx.Partial(lambda t: jnp.where(t == 0.5, jnp.nan, 1 - t)), eqx.Partial(lambda t: t))
+    ),
+    "not negative, got alpha=-0.0122": Written(angle(math.pi)),
+    "not both 0, got alpha=0.0, sigma=0.0 at t=1.0": Written((eqx.Partial(lambda t: 1 - t),) * 2),
+    "finite log-SNR lam inside its range, got lam=-inf at t=0.5": Written(
+        (eqx.Partial(lambda t: jnp.maximum(0.5 - t, 0.0)), one)
+    ),
+    "lam = log\\(alpha/sigma\\), got lam=10.18": Twice(angle(math.pi / 2)),
+    "decreases in t, got lam=0.0 at t=0.0": Written((one, one)),
+    "decreases in t, got lam=-5.09": Written(angle(math.pi / 2)[::-1]),
+    "t_of_lam that inverts lam, got t_of_lam=0.0139": Written(angle(1.5), lies=0.01),
+}
+
+
+@pytest.mark.parametrize("said,path", NO_PATHS.items(), ids=map(str, range(len(NO_PATHS))))
+def test_what_is_no_path_is_refused_in_one_sentence(said, path, as_users_see_it):
+    with pytest.raises(ValueError, match=rf"draw: process \((Written|Twice)\) must be .*{said}"):
+        process.check_path(path, "draw")
+    jax.jit(lambda s: process.check_path(eqx.tree_at(lambda p: p.t_min, path, s)))(path.t_min)
+
+
+def test_ends_are_told_by_more_than_round_off():
+    t = np.array([0.0, 1e-5, 0.3, 1 - 1e-5, 1.0])
+    no_signal, no_noise = process.vanishing(np.cos(np.pi * t / 2), np.sin(np.pi * t / 2))
+    assert no_signal.tolist() == [False] * 4 + [True]
+    assert no_noise.tolist() == [True] + [False] * 4
+    residue = np.sqrt(1 - np.float64(1 - 2**-53))  # of a root that cancels
+    assert process.vanishing(residue, 1.0)[0] and process.vanishing(-residue, 1.0)[0]
+    assert not any(process.vanishing(1.0, 1e6)) and not any(process.vanishing(1.0, 1e-6))
+    assert all(process.vanishing(0.0, 0.0))

@@ -11,8 +11,9 @@ from flax import linen
 from helpers import PROCESSES, each_process
 from oracles import GaussianMixture
 
-from jaxdiff import score
-from jaxdiff.process import EDM, VP, Cosine, Rectified
+import jaxdiff as jd
+from jaxdiff import exact, score
+from jaxdiff.process import EDM, VP, AbstractProcess, Cosine, Rectified
 from jaxdiff.score import PREDICTIONS, Denoiser
 
 each_prediction = pytest.mark.parametrize("predicts", PREDICTIONS)
@@ -569,3 +570,76 @@ def test_one_time_at_a_time(as_users_see_it):
     denoiser = Denoiser(VP(), lambda t, x, cond: x, "eps")
     with pytest.raises(ValueError, match=r"t must be one time.* got \(2,\)"):
         denoiser.eps(jnp.ones(2), jnp.ones(2))
+
+
+# --- Where a denoiser is defined. ----------------------------------------------------------------
+
+
+class Halved(score.AbstractDenoiser):
+    """What a user may write: a denoiser around another, deep in a field."""
+
+    inner: dict
+    process: AbstractProcess
+
+    def pair(self, t, x, cond=None):
+        m, eps = self.inner["net"][0].pair(t, x, cond)
+        return m / 2, eps / 2
+
+
+def truth(t, x):
+    """The pair of N(2, 9) on the straight path, and what each network is to say."""
+    alpha, sigma = 1 - t, t
+    total = 9 * alpha**2 + sigma**2
+    m, eps = 2 + 9 * alpha * (x - 2 * alpha) / total, sigma * (x - 2 * alpha) / total
+    scores = -(x - 2 * alpha) / total
+    v, velocity = alpha * eps - sigma * m, eps - m
+    return (m, eps), {"x0": m, "eps": eps, "score": scores, "v": v, "velocity": velocity}
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_a_network_is_defined_at_the_ends_that_it_says(kind):
+    x = np.array([1.5, -4.0])
+    for t, needs in ((0.0, "needs_noise"), (1.0, "needs_signal")):
+        pair, says = truth(t, x)
+        denoiser = Denoiser(Rectified(), lambda t, x, cond: jnp.asarray(says[kind]), kind)  # noqa: B023
+        with np.errstate(all="ignore"):
+            got = np.array(denoiser.pair(t, x))
+        right = np.allclose(got, np.array(pair), rtol=1e-12, atol=1e-12)
+        assert right == (not getattr(denoiser, needs))
+        assert np.all(np.isfinite(got)) == right
+        wrapper = Halved({"net": [denoiser]}, Rectified())
+        assert getattr(wrapper, needs) == getattr(denoiser, needs)
+        assert getattr(Halved({"net": [wrapper]}, Rectified()), needs) == (not right)
+    nested = Denoiser(Rectified(), denoiser.velocity, "velocity")  # a bound method is a child too
+    assert nested.needs_signal == denoiser.needs_signal
+    assert nested.needs_noise == denoiser.needs_noise
+
+
+@pytest.mark.parametrize("covariance", [9.0, 0.0])
+@pytest.mark.parametrize("kind", ["gaussian", "empirical"])
+def test_exact_denoisers_are_defined_at_the_ends_that_they_say(kind, covariance):
+    x, path = np.array([1.5, -4.0]), Rectified()
+    if kind == "gaussian":
+        denoiser = exact.gaussian(path, np.full(2, 2.0), covariance)
+    else:
+        denoiser = exact.empirical(path, 2 + covariance * np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    assert not denoiser.needs_signal
+    np.testing.assert_allclose(denoiser.pair(1.0, x), [np.full(2, 2.0), x], rtol=1e-12)
+    got = np.array(denoiser.pair(0.0, x))
+    assert np.all(np.isfinite(got)) == (not denoiser.needs_noise)
+    assert denoiser.needs_noise == (kind == "empirical" or covariance == 0)
+    if not denoiser.needs_noise:
+        np.testing.assert_allclose(got, [x, np.zeros(2)], atol=1e-12)
+
+
+def test_a_wrapper_of_a_noise_prediction_is_refused_where_there_is_no_signal(as_users_see_it):
+    path = Rectified()
+    options = dict(solver=jd.solvers.DDIM(), ts=[1.0, 0.5], init=jnp.ones(2))
+    for kind, refused in (("eps", True), ("score", True), ("v", False), ("x0", False)):
+        inner = Denoiser(path, lambda t, x, cond: 0.1 * x, kind)
+        for model in (inner, Halved({"net": [inner]}, path)):
+            if not refused:
+                assert np.all(np.isfinite(jd.draw(None, model, (2,), **options).x))
+                continue
+            with pytest.raises(ValueError, match=r"draw: ts\[0\] must be a time with alpha > 0"):
+                jd.draw(None, model, (2,), **options)

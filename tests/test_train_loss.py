@@ -8,6 +8,7 @@ from helpers import PROCESSES, each_process, inner_times
 
 from jaxdiff import exact
 from jaxdiff.fisher.heads import TraceHead
+from jaxdiff.pfgm import PFGMpp
 from jaxdiff.process import EDM, VE, VP, Rectified
 from jaxdiff.score import PREDICTIONS, Denoiser
 from jaxdiff.train import loss
@@ -22,7 +23,8 @@ def net(t, x, cond=None):
 
 
 def losses_of(path, kind, weight, t):
-    return loss.denoising_loss(KEY, Denoiser(path, net, kind), X0, t=t, weight=weight)
+    eps = path.noise(KEY, X0.shape)
+    return loss.denoising_loss(Denoiser(path, net, kind), X0, eps, t=t, weight=weight)
 
 
 @each_process
@@ -62,7 +64,7 @@ ENDS = [(kind, t) for kind in PREDICTIONS for t in (0.0, 1.0) if (kind, t) != ("
 def test_finite_at_the_ends_of_the_path(kind, t):
     def scaled(c):
         denoiser = Denoiser(Rectified(), lambda t, x, cond: c * x, kind)
-        return loss.denoising_loss(KEY, denoiser, X0, t=t, weight=ONE)
+        return loss.denoising_loss(denoiser, X0, 1 - 2 * X0, t=t, weight=ONE)
 
     assert np.all(np.isfinite(jax.value_and_grad(scaled)(0.7)))
 
@@ -136,8 +138,73 @@ def test_example_weights_and_conditions():
     np.testing.assert_allclose(mean, np.mean(w * losses))
 
 
+# --- Pairs from elsewhere. -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [VP(), Rectified(), PFGMpp(D=3.0)], ids=["VP", "flow", "PFGMpp"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_pairs_given_equal_pairs_drawn(path, dtype):
+    n, w = 5, jnp.linspace(0.0, 2.0, 5)
+    denoiser = Denoiser(path, net, "eps")
+    head = TraceHead(lambda clock, x, cond: jnp.mean(x) - clock, "residual")
+    x0 = jax.random.normal(jax.random.key(1), (n, 3), dtype)
+    keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(n))
+    if isinstance(path, PFGMpp):  # what a normal draw alone would not be
+
+        def draw(key):
+            normal, mixing = jax.random.split(key)
+            log_w = jax.random.loggamma(mixing, jnp.asarray(1.5, dtype), (), dtype) - jnp.log(1.5)
+            return jax.random.normal(normal, (3,), dtype) * jnp.exp(-log_w / 2).astype(dtype)
+    else:
+        draw = lambda key: jax.random.normal(key, (3,), dtype)  # noqa: E731
+    eps = jax.vmap(draw)(keys)
+    options = dict(example_weight=w, sample_t=lambda p, u: p.t_min + (0.1 + 0.8 * u) * p.t_max / 2)
+    calls = [lambda **kw: loss.batch_loss(KEY, denoiser, x0, **kw, weight=loss.min_snr())]
+    if not isinstance(path, PFGMpp):
+        calls += [lambda **kw: loss.batch_trace_loss(KEY, head, denoiser, x0, **kw)]
+    for call in calls:
+        drawn, given = call(**options), call(**options, eps=eps)
+        rtol = 2e-6 if isinstance(path, PFGMpp) else 0
+        for a, b in zip(drawn, given, strict=True):
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=0)
+        assert np.all(call(**options, eps=eps + 1)[1] != drawn[1])
+
+
+def test_pairs_equal_their_closed_form():
+    n = 6
+    rng = np.random.default_rng(0)
+    x0, eps, w = rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), rng.uniform(size=n)
+    A = rng.normal(size=(3, 3))
+
+    def total(A, w, x0, eps):
+        linear = Denoiser(Rectified(), lambda t, x, cond: A @ x + t, "velocity")
+        weight = lambda lam: jnp.exp(-lam)  # noqa: E731
+        return loss.batch_loss(KEY, linear, x0, eps=eps, example_weight=w, weight=weight)[0]
+
+    arrays = tuple(map(jnp.asarray, (A, w, x0, eps)))
+    value, slope = jax.jit(jax.value_and_grad(total))(*arrays)
+    t = ((np.arange(n) + float(jax.random.uniform(jax.random.fold_in(KEY, n)))) / n)[:, None]
+    x = (1 - t) * x0 + t * eps
+    error = x @ A.T + t - (eps - x0)
+    factor = t[:, 0] / (1 - t[:, 0]) * (1 - t[:, 0]) ** 2  # w(lam), and that of the eps error
+    np.testing.assert_allclose(value, np.mean(w * factor * np.mean(error**2, 1)), rtol=1e-12)
+    want = 2 / (3 * n) * np.einsum("i,ij,ik->jk", w * factor, error, x)
+    np.testing.assert_allclose(slope, want, rtol=1e-11)
+    np.testing.assert_allclose(total(arrays[0], 3 * arrays[1], *arrays[2:]), 3 * value, rtol=1e-12)
+
+
 def test_errors_name_the_argument(as_users_see_it):
     denoiser = Denoiser(VP(), net)
+    for call in (
+        loss.batch_loss,
+        lambda *a, **kw: loss.batch_trace_loss(*a[:1], None, *a[1:], **kw),
+    ):
+        with pytest.raises(
+            ValueError, match=r"eps must be of the shape of x0, \(4, 2\), got \(2,\)"
+        ):
+            call(KEY, denoiser, jnp.zeros((4, 2)), eps=jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"eps must be of the shape of x0, \(2, 3\), got \(3,\)"):
+        loss.denoising_loss(denoiser, X0, X0[0], t=0.5)
     with pytest.raises(ValueError, match=r"example_weight must be of shape \(4,\), got \(3,\)"):
         loss.batch_loss(KEY, denoiser, jnp.zeros((4, 2)), example_weight=jnp.ones(3))
     with pytest.raises(ValueError, match="batch_loss: x0 must be a floating array, got int64"):
@@ -227,7 +294,7 @@ def test_the_preconditioned_target_is_its_definition(path):
         np.testing.assert_allclose(head.target(X0, eps, m, guess), want, rtol=1e-8)
         scaled = x / jnp.hypot(alpha, sigma)
         moment = jax.nn.softplus(jnp.sum(scaled) + jnp.log(jnp.expm1(1.0)))
-        got = loss.trace_loss(KEY, head, denoiser, X0, t=t)
+        got = loss.trace_loss(head, denoiser, X0, eps, t=t)
         np.testing.assert_allclose(got, (moment - want) ** 2, rtol=1e-7)
 
 
@@ -248,7 +315,7 @@ def test_no_gradient_of_the_trace_loss_reaches_the_denoiser(kind, features):
         # `hidden` is what a network may hold in a closure, where no tree shows it
         path, inner = VP(beta_max=beta), Net(net_scale * hidden)
         head = TraceHead(lambda t, h, cond: head_scale * jnp.mean(h), kind, features=features)
-        return loss.trace_loss(KEY, head, Denoiser(path, inner, "eps"), X0, t=0.4)
+        return loss.trace_loss(head, Denoiser(path, inner, "eps"), X0, 1 - X0, t=0.4)
 
     grads = jax.grad(of, (0, 1))((jnp.array(0.7), jnp.array(1.3), jnp.array(20.0)), jnp.array(1.0))
     assert abs(grads[0][0]) > 1e-3
@@ -268,7 +335,8 @@ def test_a_batch_of_trace_losses_has_stratified_times_and_its_own_noise():
     for i in (0, 5):
         t = loss.logsnr_time(path, (i + offset) / n)
         one = {"shift": cond["shift"][i]}
-        want = loss.trace_loss(jax.random.fold_in(KEY, i), head, denoiser, x0[i], one, t=t)
+        eps = jax.random.normal(jax.random.fold_in(KEY, i), (3,))
+        want = loss.trace_loss(head, denoiser, x0[i], eps, one, t=t)
         np.testing.assert_allclose(losses[i], want, rtol=1e-6)
     with pytest.raises(ValueError, match="logsnr_time: process must be of finite log-SNR"):
         loss.batch_trace_loss(KEY, head, Denoiser(Rectified(), net), x0, cond)
@@ -277,8 +345,8 @@ def test_a_batch_of_trace_losses_has_stratified_times_and_its_own_noise():
 def test_trace_loss_errors(as_users_see_it):
     head, denoiser = TraceHead(lambda t, x, cond: jnp.sum(x)), Denoiser(VP(), net)
     for call, said in [
-        (lambda: loss.trace_loss(KEY, net, denoiser, X0, t=0.5), "trace_loss: head must be a Tra"),
-        (lambda: loss.trace_loss(KEY, head, net, X0, t=0.5), "trace_loss: denoiser must be a jaxd"),
+        (lambda: loss.trace_loss(net, denoiser, X0, X0, t=0.5), "trace_loss: head must be a Tra"),
+        (lambda: loss.trace_loss(head, net, X0, X0, t=0.5), "trace_loss: denoiser must be a jaxd"),
         (
             lambda: loss.batch_trace_loss(KEY, head, denoiser, jnp.zeros((4, 2), int)),
             "batch_trace_loss: x0 must be a floating array, got int64",

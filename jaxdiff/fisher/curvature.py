@@ -36,6 +36,7 @@ from jaxdiff.fisher.operators import (
 )
 from jaxdiff.linalg.estimators import diagonal
 from jaxdiff.linalg.spectrum import ritz
+from jaxdiff.process import gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 Products: TypeAlias = Literal["exact", "jvp", "fd", "neighbours"]
@@ -146,6 +147,7 @@ class Curvature(eqx.Module):
     def _check(self, denoiser: Any, d: int) -> None:
         if not isinstance(denoiser, AbstractDenoiser):
             raise _check.bad("Curvature", "denoiser", "a jaxdiff denoiser", repr(denoiser))
+        gaussian_only("Curvature", "the process of the denoiser", denoiser.process)
         kinds = {"exact": exact.AbstractExact, "neighbours": exact.Empirical}
         if not isinstance(denoiser, kinds.get(self.method, AbstractDenoiser)):
             expected = "'jvp' or 'fd': this denoiser has no closed form or is no data set"

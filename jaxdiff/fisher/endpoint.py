@@ -26,7 +26,7 @@ from jaxdiff import _check
 from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.linalg.diag_low_rank import DiagLowRank
 from jaxdiff.linalg.estimators import is_operator
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 __all__ = ["Kind", "endpoint_bound", "endpoint_cov", "fisher_of", "gated_cov", "isotropic_cov"]
@@ -201,6 +201,7 @@ def fisher_of(
         Wang et al. 2025 (2505.23264), outer-product form of the Fisher.
     """
     is_operator("fisher_of", cov)
+    gaussian_only("fisher_of", "process", process)
     snr, scale = process.snr(t), process.sigma(t) ** 2
     structure = cov.in_structure()
     if isinstance(cov, DiagLowRank):
@@ -241,6 +242,7 @@ def endpoint_bound(
     Returns:
         The bound, ().
     """
+    gaussian_only("endpoint_bound", "process", process)
     y, m = floating(y), floating(m)
     if y.shape != m.shape:
         raise _check.bad("endpoint_bound", "y", f"of the shape of m, {m.shape}", y.shape)

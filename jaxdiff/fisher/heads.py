@@ -31,7 +31,7 @@ from jaxdiff import _check, exact
 from jaxdiff._array import Cond, NetFn, Scalar, ScalarLike, time_dtype
 from jaxdiff.fisher.operators import _Difference, _operator
 from jaxdiff.linalg.estimators import LAWS, Probe, deflate, diagonal, dot, draw
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, Denoiser, floating
 
 __all__ = [
@@ -63,6 +63,9 @@ def _linear(
 
 class AbstractTrace(eqx.Module):
     r"""An estimator of $r = \mathrm{tr}\,Cov[\epsilon | x_t = x]$ for one sample.
+
+    By derivatives it is one of $r = d - \sigma\,\mathrm{div}\,\hat\epsilon$: the same number where
+    the kernel of the process is Gaussian, and what a likelihood asks for where it is not.
 
     Attributes:
         stochastic: whether it draws probes, so that a call needs a key.
@@ -315,6 +318,7 @@ class TraceHead(AbstractTrace):
         self, denoiser: AbstractDenoiser, t: ScalarLike, x: Float[ArrayLike, "*dims"], cond: Cond
     ) -> tuple[Float[Array, "*dims"], Float[Array, "*dims"], Any]:
         r"""Return $m$, $\hat\epsilon$ and what `net` reads, from one evaluation."""
+        gaussian_only("TraceHead", "the process of the denoiser", denoiser.process)
         x = floating(x)
         if not self.features:
             h = jnp.hypot(denoiser.process.alpha(t), denoiser.process.sigma(t))
@@ -393,6 +397,7 @@ def matching_bound(
         m: true posterior mean, (*dims,).
         delta_m: error of the denoiser, ().
     """
+    gaussian_only("matching_bound", "process", process)
     snr, sigma = process.snr(t), process.sigma(t)
     size = jnp.sqrt(jnp.sum(floating(m) ** 2))
     return snr / sigma**2 * (d * delta_t + delta_m * (2 * size + delta_m))
@@ -438,4 +443,5 @@ def intrinsic_dimension(
     ):
         if not isinstance(value, kind):
             raise _check.bad("intrinsic_dimension", name, f"an {kind.__name__}", repr(value))
+    gaussian_only("intrinsic_dimension", "the process of the denoiser", denoiser.process)
     return jnp.mean(estimator(denoiser, t, x, cond, key)[2])

@@ -43,6 +43,7 @@ from jaxdiff.fisher.atoms import neighbours
 from jaxdiff.linalg.diag_low_rank import DiagLowRank, woodbury
 from jaxdiff.linalg.estimators import is_operator
 from jaxdiff.linalg.spectrum import lanczos
+from jaxdiff.process import gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 __all__ = ["Method", "difference_step", "fisher", "posterior_cov", "solve"]
@@ -155,6 +156,7 @@ def _known(
 ) -> None:
     if not isinstance(denoiser, AbstractDenoiser):
         raise _check.bad(where, "denoiser", "a jaxdiff denoiser", repr(denoiser))
+    gaussian_only(where, "the process of the denoiser", denoiser.process)
     _check.choice(where, "method", method, ("jvp", "fd", "exact", *_LOW_RANK))
     if method == "exact" and not isinstance(denoiser, exact.AbstractExact):
         expected = "'jvp', 'fd' or 'lanczos', since this denoiser has no closed form"

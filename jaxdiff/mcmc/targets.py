@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxdiff import _check
 from jaxdiff._array import Cond, Scalar, ScalarLike
 from jaxdiff.exact import AbstractExact
-from jaxdiff.score import AbstractDenoiser
+from jaxdiff.score import AbstractDenoiser, check_score
 
 __all__ = ["AbstractDensity", "AbstractTarget", "ExactMarginal", "Marginal", "target"]
 
@@ -98,6 +98,7 @@ def target(
         if t is None or np.ndim(t) != 0:
             got = None if t is None else f"shape {np.shape(t)}"
             raise _check.bad("target", "t", "one time of the denoiser, ()", got)
+        check_score("target", law)
         if isinstance(law, AbstractExact):
             return ExactMarginal(law, t, cond)
         return Marginal(law, t, cond)

@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxdiff import _check, score
 from jaxdiff._array import Cond, NetFn, ScalarLike, time_dtype
 from jaxdiff.phase.process import FACTORS, Factor, LinearSDE, Matrix, apply, inverse, product
+from jaxdiff.process import gaussian_only
 from jaxdiff.score import floating
 
 __all__ = ["KINDS", "AbstractDenoiser", "Denoiser", "Head", "Kind", "Lifted"]
@@ -217,6 +218,7 @@ class Lifted(AbstractDenoiser):
     def __init__(self, process: LinearSDE, base: score.AbstractDenoiser) -> None:
         if not isinstance(base, score.AbstractDenoiser):
             raise _check.bad("Lifted", "base", "a denoiser of a Gaussian path", repr(base))
+        gaussian_only("Lifted", "the process of base", base.process, "its kernel is not lifted")
         self.head, self.base = Head(process), base
 
     def _split(self, t: ScalarLike, z: Any, cond: Cond) -> tuple[Array, Array]:

@@ -14,6 +14,10 @@ $$ L = E_{t, \epsilon}\; w(\lambda)\,|\hat\epsilon - \epsilon|^2 $$
 
 has the total weight $w(\lambda)\,p(\lambda)$, $p$ being the density that the times have in
 $\lambda$. `trace_loss` trains the second moment of the same error, for `jaxdiff.fisher.TraceHead`.
+
+Losses of one example take a pair $(x_0, \epsilon)$, wherever it comes from; those of a batch draw
+the times, and the noise where none is given. Two weights, two names: `weight` is the function
+$w(\lambda)$, `example_weight` a number for every pair.
 """
 
 import math
@@ -129,15 +133,15 @@ def lognormal_time(mean: ScalarLike = -1.2, std: ScalarLike = 1.2) -> SampleTime
 
 
 def denoising_loss(
-    key: PRNGKeyArray,
     denoiser: score.Denoiser,
     x0: Float[Array, "*dims"],
+    eps: Float[Array, "*dims"],
     cond: Cond = None,
     *,
     t: ScalarLike,
     weight: Weight | None = None,
 ) -> Scalar:
-    r"""Return the squared error of one noisy example, averaged over its dimensions.
+    r"""Return the squared error at the noisy point of one pair, averaged over its dimensions.
 
     $$ x_t = \alpha x_0 + \sigma\epsilon, \qquad
        \frac1d\,|o_\theta(t, x_t) - (a\,x_0 + b\,\epsilon)|^2 \quad\text{or}\quad
@@ -148,9 +152,9 @@ def denoising_loss(
     ends for `"v"` and `"velocity"`. Cost: one network call.
 
     Args:
-        key: consumed by the draw of eps.
         denoiser: the path and the network, with what the network predicts.
         x0: clean example, (*dims,).
+        eps: its noise, (*dims,): a draw of `process.noise`, or that of a coupling.
         cond: condition passed to the network.
         t: time, ().
         weight: $w$, a function of $\lambda$ (`WEIGHTS`, `min_snr`, ...); None for weight 1 on
@@ -158,6 +162,10 @@ def denoising_loss(
 
     Returns:
         The loss, (), in float32 or wider.
+
+    Raises:
+        ValueError: if `denoiser` has no network, `weight` is no function or `eps` is not of the
+            shape of `x0`.
     """
     if not isinstance(denoiser, score.Denoiser):
         expected = "a Denoiser with a network to train"
@@ -165,7 +173,7 @@ def denoising_loss(
     if weight is not None and not callable(weight):
         raise _check.bad("denoising_loss", "weight", "a function of lam, as WEIGHTS has", weight)
     process, kind = denoiser.process, denoiser.predicts
-    x, eps = process.perturb(key, t, x0)
+    x = process.mix(t, x0, eps)
     a, b = score.mixing(process, kind, t)
     alpha, sigma = process.alpha(t), process.sigma(t)
     out = denoiser.raw(t, x, cond)
@@ -185,6 +193,7 @@ def batch_loss(
     x0: Float[Array, "n *dims"],
     cond: Cond = None,
     *,
+    eps: Float[Array, "n *dims"] | None = None,
     sample_t: SampleTime = uniform_time,
     weight: Weight | None = None,
     example_weight: Float[Array, " n"] | None = None,
@@ -195,31 +204,54 @@ def batch_loss(
 
     with one $U$ uniform on $[0, 1)$ for the whole batch: every $u_i$ is uniform over many batches,
     and the times of one batch cover the path evenly (Kingma et al. 2021, 2107.00630, app. I.1).
-    Shuffle the examples, since their order decides which part of the path they see. Example `i`
-    draws its noise from `fold_in(key, i)`. Cost: one network call on the batch.
+    Shuffle the examples, since their order decides which part of the path they see. Cost: one
+    network call on the batch.
+
+    Without `eps`, example `i` draws its noise by `process.noise(fold_in(key, i), ...)`. With it,
+    the pairs $(x_0, \epsilon)$ are taken as they come, and the key decides the times only: a
+    coupling, a pool of pairs or a model's own trajectories, each pair with its weight.
 
     Args:
         key: a key; give every step another one.
         denoiser: the path and the network.
         x0: clean examples, (n, *dims).
         cond: condition whose leaves have a leading axis n.
+        eps: noise of the examples, (n, *dims); drawn by default.
         sample_t: map `(process, u) -> t` of $u \in (0, 1)$: `uniform_time`, `logsnr_time`,
             `lognormal_time()`.
-        weight: see `denoising_loss`.
-        example_weight: $w_i$, (n,); for instance 1 or 0, or importance weights of mean 1.
+        weight: see `denoising_loss`; a function of $\lambda$.
+        example_weight: $w_i$, (n,), one number per pair; for instance 1 or 0, or importance weights
+            of mean 1.
 
     Returns:
         The mean loss, (), and the loss of each example before `example_weight`, (n,).
 
     Raises:
-        ValueError: if `example_weight` is not of shape (n,) or `x0` is not floating.
+        ValueError: if `x0` is not floating, `eps` is not of its shape or `example_weight` is not of
+            shape (n,); as `denoising_loss`.
+
+    Example:
+        A coupling maps `(key, x0, noise, cond)` to `(x0, noise, weight)`. This one pairs numbers
+        with numbers in increasing order, which is optimal transport on a line:
+
+        >>> from jaxdiff.process import Rectified
+        >>> def in_order(key, x0, noise, cond):
+        ...     return jnp.sort(x0, axis=0), jnp.sort(noise, axis=0), jnp.ones(len(x0))
+        >>> flow = score.Denoiser(Rectified(), lambda t, x, cond: 0 * x, "velocity")
+        >>> keys, x0 = jax.random.split(jax.random.key(0), 3), jnp.arange(4.0)[:, None]
+        >>> noise = flow.process.noise(keys[0], x0.shape)
+        >>> x0, eps, w = in_order(keys[1], x0, noise, None)
+        >>> loss, each = batch_loss(keys[2], flow, x0, eps=eps, example_weight=w)
+        >>> bool(jnp.allclose(each, ((eps - x0) ** 2)[:, 0]))
+        True
     """
     return _stratified(
         "batch_loss",
-        lambda key, x0, cond, t: denoising_loss(key, denoiser, x0, cond, t=t, weight=weight),
+        lambda x0, eps, cond, t: denoising_loss(denoiser, x0, eps, cond, t=t, weight=weight),
         key,
         denoiser.process,
         x0,
+        eps,
         cond,
         sample_t,
         example_weight,
@@ -227,15 +259,15 @@ def batch_loss(
 
 
 def trace_loss(
-    key: PRNGKeyArray,
     head: TraceHead,
     denoiser: score.AbstractDenoiser,
     x0: Float[Array, "*dims"],
+    eps: Float[Array, "*dims"],
     cond: Cond = None,
     *,
     t: ScalarLike,
 ) -> Scalar:
-    r"""Return the squared error of a trace head at one noisy example.
+    r"""Return the squared error of a trace head at the noisy point of one pair.
 
     $$ x_t = \alpha x_0 + \sigma\epsilon, \qquad \big(h_\theta(t, x_t) - y\big)^2, \qquad
        y = \begin{cases} |x_0|^2/d & \text{raw} \\
@@ -247,10 +279,10 @@ def trace_loss(
     is frozen: no gradient reaches it, its features or its process. Cost: one network call.
 
     Args:
-        key: consumed by the draw of eps.
         head: what is trained; its `kind` decides the target.
         denoiser: a trained or an exact denoiser.
         x0: clean example, (*dims,).
+        eps: its noise, (*dims,).
         cond: condition passed to both networks.
         t: time, ().
 
@@ -258,7 +290,8 @@ def trace_loss(
         The loss, (), in float32 or wider.
 
     Raises:
-        ValueError: if `head` is no `TraceHead` or `denoiser` no denoiser.
+        ValueError: if `head` is no `TraceHead`, `denoiser` no denoiser or `eps` not of the shape of
+            `x0`.
 
     References:
         Wang et al. 2025 (2505.23264) for `"raw"`; Bao et al. 2022 (2206.07309).
@@ -267,7 +300,7 @@ def trace_loss(
         raise _check.bad("trace_loss", "head", "a TraceHead", type(head).__name__)
     if not isinstance(denoiser, score.AbstractDenoiser):
         raise _check.bad("trace_loss", "denoiser", "a jaxdiff denoiser", type(denoiser).__name__)
-    x, eps = denoiser.process.perturb(key, t, x0)
+    x = denoiser.process.mix(t, x0, eps)
     # Stopped here, not at the parameters: a network may hold those in a closure.
     frozen = (denoiser.process.lam(t), *head.inputs(denoiser, t, x, cond))
     lam, m, guess, inputs = jax.lax.stop_gradient(frozen)
@@ -282,6 +315,7 @@ def batch_trace_loss(
     x0: Float[Array, "n *dims"],
     cond: Cond = None,
     *,
+    eps: Float[Array, "n *dims"] | None = None,
     sample_t: SampleTime = logsnr_time,
     example_weight: Float[Array, " n"] | None = None,
 ) -> tuple[Scalar, Float[Array, " n"]]:
@@ -296,6 +330,7 @@ def batch_trace_loss(
         denoiser: a trained or an exact denoiser, frozen.
         x0: clean examples, (n, *dims).
         cond: condition whose leaves have a leading axis n.
+        eps: see `batch_loss`.
         sample_t: see `batch_loss`.
         example_weight: see `batch_loss`.
 
@@ -307,10 +342,11 @@ def batch_trace_loss(
     """
     return _stratified(
         "batch_trace_loss",
-        lambda key, x0, cond, t: trace_loss(key, head, denoiser, x0, cond, t=t),
+        lambda x0, eps, cond, t: trace_loss(head, denoiser, x0, eps, cond, t=t),
         key,
         denoiser.process,
         x0,
+        eps,
         cond,
         sample_t,
         example_weight,
@@ -319,10 +355,11 @@ def batch_trace_loss(
 
 def _stratified(
     where: str,
-    loss: Callable[[PRNGKeyArray, Array, Cond, Array], Scalar],
+    loss: Callable[[Array, Array, Cond, Array], Scalar],
     key: PRNGKeyArray,
     process: AbstractProcess,
     x0: Array,
+    eps: Array | None,
     cond: Cond,
     sample_t: SampleTime,
     example_weight: Array | None,
@@ -331,14 +368,18 @@ def _stratified(
     if not hasattr(x0, "dtype") or not jnp.issubdtype(x0.dtype, jnp.floating):
         raise _check.bad(where, "x0", "a floating array", getattr(x0, "dtype", type(x0)))
     n = len(x0)
+    if eps is not None and jnp.shape(eps) != x0.shape:
+        raise _check.bad(where, "eps", f"of the shape of x0, {x0.shape}", jnp.shape(eps))
     if example_weight is not None and example_weight.shape != (n,):
         raise _check.bad(where, "example_weight", f"of shape ({n},)", example_weight.shape)
     offset = jax.random.uniform(stream(key, n))  # examples use the streams 0 .. n - 1
     tiny = jnp.finfo(offset.dtype).eps  # rounding must not reach 0 or 1, where log-SNR may diverge
     u = jnp.clip((jnp.arange(n) + offset) / n, tiny, 1 - tiny)
 
-    def one(i: Array, u: Array, x0: Array, cond: Cond) -> Scalar:
-        return loss(stream(key, i), x0, cond, sample_t(process, u))
+    def one(i: Array, u: Array, x0: Array, eps: Array | None, cond: Cond) -> Scalar:
+        if eps is None:
+            eps = process.noise(stream(key, i), x0.shape, dtype=x0.dtype)
+        return loss(x0, eps, cond, sample_t(process, u))
 
-    losses = jax.vmap(one)(jnp.arange(n), u, x0, cond)
+    losses = jax.vmap(one)(jnp.arange(n), u, x0, eps, cond)
     return jnp.mean(losses if example_weight is None else example_weight * losses), losses

@@ -35,7 +35,7 @@ from jaxdiff import _check, grids
 from jaxdiff._array import Cond, Scalar, ScalarLike, time_dtype
 from jaxdiff._host import is_concrete
 from jaxdiff._keys import stream
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 __all__ = ["align_your_steps", "average", "klub", "rows_of"]
@@ -135,6 +135,8 @@ def rows_of(where: str, denoiser: Any, data: Any, cond: Cond, chunk: Any) -> tup
 
 def _grid(where: str, process: AbstractProcess, ts: Any, scale: Any, dtype: Any) -> Any:
     _check.number(where, "scale", scale, float(np.finfo(np.float32).tiny), 1e300)
+    instead = "the bound is one of a reverse SDE, which it has not"
+    gaussian_only(where, "the process of the denoiser", process, instead)
     ts = grids.check(process, ts, where=where, dtype=dtype)
     if is_concrete(ts, process) and not process.sigma(ts[-1]) > 0:
         got = f"{ts[-1]:.9g}, where the bound is infinite"
