@@ -17,7 +17,7 @@ from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff._sampler import Samples, State, prepare
 from jaxdiff._status import SUCCESS, or_nan, status
 from jaxdiff._steps import DiffraxSolve, bounded
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, check_path, vanishing
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.reversible import AbstractReversible, Inverted, kind
@@ -294,11 +294,10 @@ class PairSolve(GridSolve):
         return Inverted(noise, pair, result, jnp.asarray(nfe), step, left, kind(solver))
 
 
-class _Cleaned(AbstractProcess):
-    """A process with clean data, alpha = 1 and sigma = 0, below one of its times."""
+class _Same(AbstractProcess):
+    """A process that is another one until a subclass says otherwise."""
 
     process: AbstractProcess
-    end: Any
 
     @property
     def t_min(self) -> Any:
@@ -307,6 +306,33 @@ class _Cleaned(AbstractProcess):
     @property
     def t_max(self) -> Any:
         return self.process.t_max
+
+    def log_alpha(self, t: Any) -> Array:
+        return jnp.log(self.alpha(t))
+
+    def log_sigma(self, t: Any) -> Array:
+        return jnp.log(self.sigma(t))
+
+    def t_of_lam(self, lam: Any) -> Array:
+        return self.process.t_of_lam(lam)
+
+
+class _Snapped(_Same):
+    """A process whose scales are exactly 0 where they are no more than round-off."""
+
+    def alpha(self, t: Any) -> Array:
+        alpha = self.process.alpha(t)
+        return jnp.where(vanishing(alpha, self.process.sigma(t))[0], 0.0, alpha)
+
+    def sigma(self, t: Any) -> Array:
+        sigma = self.process.sigma(t)
+        return jnp.where(vanishing(self.process.alpha(t), sigma)[1], 0.0, sigma)
+
+
+class _Cleaned(_Same):
+    """A process with clean data, alpha = 1 and sigma = 0, below one of its times."""
+
+    end: Any
 
     def _at(self, t: Any, clean: float, of: Callable[[Any], Array]) -> Array:
         return jnp.where(t < self.end, clean, of(jnp.maximum(t, self.end)))
@@ -347,20 +373,21 @@ def _(
     _check_adjoint(where, solver, adjoint, trajectory, engine)
     ts = grids.check(process, ts, where=where, dtype=dtype)
     ours = isinstance(solver, AbstractGridSolver)
+    if not type(process).__module__.startswith("jaxdiff."):
+        check_path(process, where)  # ours are tested
     last: Any = (1.0, ts[-1]) if denoise else None
-    alpha0, alpha, sigma = _ends(process, ts, dtype)
-    if is_concrete(alpha0) and alpha0 == 0 and getattr(model, "predicts", "") in ("eps", "score"):
+    no_signal, no_noise, alpha, stepped = _ends(process, ts, dtype)
+    if no_signal and model.needs_signal:
         expected = "a time with alpha > 0: a network that predicts eps or score says nothing there"
         raise _check.bad(where, "ts[0]", expected, f"t={float(ts[0])!r}; start below it")
-    stepped: AbstractProcess = process
-    if is_concrete(sigma) and sigma == 0:
+    if no_noise:
         last = None
         if not (ours and solver.finite_end):
             # The exact limit of every exponential method: x = alpha m. No clock reaches sigma = 0.
             last, ts = (alpha, ts[-1]), ts[:-1]
     nodes = ts
     if last is not None and ours and solver.finite_end:
-        last, stepped = None, _Cleaned(process, ts[-1])
+        last, stepped = None, _Cleaned(stepped, ts[-1])
         join = np.append if isinstance(ts, np.ndarray) else jnp.append
         ts, nodes = join(ts, ts[-1]), join(ts, ts[-1] - 1)
     if ours:
@@ -377,7 +404,7 @@ def _(
     _check_noise(where, process, solver, stochastic, noise, controller)
     scales = None
     if name != "t":
-        nodes, scales = host64(_readings, Clock(process, name), nodes)
+        nodes, scales = host64(_readings, Clock(stepped, name), nodes)
         if is_concrete(nodes, scales) and not (np.isfinite(nodes).all() and np.all(scales > 0)):
             expected = f"a time that {type(solver).__name__} can start at"
             got = f"t={float(ts[0])!r}, where clock {name!r} has no finite state; start below it"
@@ -492,19 +519,29 @@ def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _scales(process: AbstractProcess, ts: Values) -> tuple[Array, Array, Array]:
-    return process.alpha(ts[0]), process.alpha(ts[-1]), process.sigma(ts[-1])
+def _scales(process: AbstractProcess, ts: Values) -> tuple[Array, ...]:
+    both = [(process.alpha(t), process.sigma(t)) for t in (ts[0], ts[-1])]
+    return both[0] + both[1]
 
 
-def _ends(process: AbstractProcess, ts: Values, dtype: Any) -> tuple[Any, Any, Any]:
-    """Return alpha at the start, alpha and sigma at the end: known under jit too where they can."""
+def _ends(process: AbstractProcess, ts: Values, dtype: Any) -> tuple[bool, bool, Any, Any]:
+    """Say whether a grid starts without signal and ends without noise.
+
+    Also return alpha at its end, and the process with scales of exactly 0 where they count as 0.
+    What cannot be known, since it is traced, counts as neither.
+    """
     if is_concrete(process, ts):
-        first, alpha, sigma = host64(_scales, process, ts)
+        scales = host64(_scales, process, ts)
     else:
         with jax.ensure_compile_time_eval():  # where no traced parameter enters
-            ends = _scales(process, ts)
-        first, alpha, sigma = (np.asarray(a) if is_concrete(a) else a for a in ends)
-    return _cast((first, alpha, sigma), dtype)
+            scales = _scales(process, ts)
+        scales = tuple(np.asarray(a) if is_concrete(a) else a for a in scales)
+    alpha0, sigma0, alpha, sigma = scales
+    known = is_concrete(alpha0, sigma0), is_concrete(alpha, sigma)
+    no_signal = bool(known[0] and vanishing(alpha0, sigma0)[0])
+    no_noise = bool(known[1] and vanishing(alpha, sigma)[1])
+    rough = (no_signal and alpha0 != 0) or (no_noise and sigma != 0)
+    return no_signal, no_noise, _cast(alpha, dtype), _Snapped(process) if rough else process
 
 
 def _readings(clock: Clock, ts: Array) -> tuple[Array, Array]:

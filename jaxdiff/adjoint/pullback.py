@@ -42,7 +42,7 @@ from jaxdiff._keys import PROBES, stream
 from jaxdiff.fisher.endpoint import endpoint_cov, gated_cov, isotropic_cov
 from jaxdiff.fisher.heads import AbstractTrace, ExactTrace
 from jaxdiff.fisher.operators import difference_step, posterior_cov
-from jaxdiff.process import AbstractProcess
+from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
 Loss: TypeAlias = Callable[[Any], Any]
@@ -180,6 +180,8 @@ def pullback(where: str, denoiser: Any, cov: Any, trace: Any, key: Any) -> Pullb
     if cov == "exact" and not isinstance(denoiser, exact.AbstractExact):
         expected = "'vjp', 'jvp' or 'fd', since this denoiser has no closed form"
         raise _check.bad(where, "cov", expected, repr(cov))
+    if cov not in ("vjp", "none"):
+        gaussian_only(where, "the process of the denoiser", denoiser.process, "use cov='vjp'")
     probes = None
     if isinstance(cov, str) and cov in _TRACED:
         trace = ExactTrace() if trace is None else trace
