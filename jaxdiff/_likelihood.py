@@ -35,7 +35,7 @@ from jaxdiff._array import Cond, ScalarLike, time_dtype
 from jaxdiff._host import host64, is_concrete
 from jaxdiff._keys import PROBES, stream
 from jaxdiff._passengers import At, Ride, Road, ride, road
-from jaxdiff._prepared import Prepared, call
+from jaxdiff._prepared import Prepared, call, hold_still
 from jaxdiff._status import or_nan, status
 from jaxdiff.fisher.heads import AbstractTrace, ExactTrace, Hutchinson
 from jaxdiff.process import AbstractProcess
@@ -165,11 +165,12 @@ class Likelihood(Prepared):
 
 def _of_one(self: Likelihood, x: Array, cond: Cond, key: Any) -> LogProb:
     """Solve for one sample as planned."""
-    process, trace, debias = self.model.process, self.trace, self.debias
+    model = self.model if self.road.live else hold_still(self.model, self.model.process)
+    process, trace, debias = model.process, self.trace, self.debias
     road, noise = self.road.cast(x.dtype), None if key is None else stream(key, PROBES)
     lams, (h_T, h_0) = road.lams, (road.scales[0], road.scales[1])
     probes = noise if trace.stochastic else None
-    field = Ride(process, _Trace(self.model, trace, cond, probes))
+    field = Ride(process, _Trace(model, trace, cond, probes))
     y = (x / h_0).astype(x.dtype)
     taus = None
     if debias:
@@ -178,7 +179,7 @@ def _of_one(self: Likelihood, x: Array, cond: Cond, key: Any) -> LogProb:
         uniform = jax.random.uniform(stream(noise, debias), (debias,), lams.dtype)
         taus = lams[-1] - (jnp.arange(debias) + uniform) / debias * (lams[-1] - lams[0])
         taus = jnp.maximum(taus, lams[0])  # round-off alone can bring one below its stratum
-    args = (self.model, road.ts[-1], y, cond, probes)
+    args = (model, road.ts[-1], y, cond, probes)
     k = eqx.filter_eval_shape(trace, *args)[2].shape
     # The integrals start at d, not 0, so that a relative tolerance is a fraction of d nats.
     start = (y, jnp.full(k, float(y.size), y.dtype))

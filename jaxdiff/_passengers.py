@@ -78,6 +78,7 @@ class Road(eqx.Module):
         lams: their log-SNRs.
         scales: $h$ at both ends, noise first.
         sigmas: $\sigma$ at both ends.
+        live: whether it was read off traced numbers, so that derivatives reach the process.
     """
 
     ts: Any
@@ -88,12 +89,13 @@ class Road(eqx.Module):
     controller: dfx.AbstractStepSizeController | None
     adjoint: dfx.AbstractAdjoint | None
     max_steps: int = eqx.field(static=True)
+    live: bool = eqx.field(static=True)
 
     def cast(self, dtype: Any) -> "Road":
         """Return the road in the dtype of a state."""
-        fields = (self.ts, self.lams, self.scales, self.sigmas)
-        fields = tuple(jnp.asarray(a, dtype) for a in fields)
-        return Road(*fields, self.solver, self.controller, self.adjoint, self.max_steps)
+        whole = (self.ts, self.lams, self.scales, self.sigmas)
+        cast = tuple(jnp.asarray(a, dtype) for a in whole)
+        return eqx.tree_at(lambda r: (r.ts, r.lams, r.scales, r.sigmas), self, cast)
 
 
 def _readings(process: AbstractProcess, ts: Array) -> tuple[Array, Array, Array]:
@@ -142,7 +144,8 @@ def road(
             if not np.isfinite(lams[i]):
                 got = f"t={float(ts[i])!r}; {advice}"
                 raise _check.bad(where, f"ts[{i}]", "a time of finite log-SNR (sigma > 0)", got)
-    return Road(ts, lams, scales, sigmas, solver, controller, adjoint, max_steps)
+    live = not is_concrete(denoiser.process, ts)
+    return Road(ts, lams, scales, sigmas, solver, controller, adjoint, max_steps, live)
 
 
 def ride(

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_context
+from jax.custom_derivatives import SymbolicZero
+
+from jaxdiff import _check
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 _NUMBERS = (*_ARRAYS, int, float, complex)
@@ -54,7 +57,7 @@ def _join(arrays: list[Any], tree: Any, fixed: tuple[Any, ...]) -> Any:
     return jax.tree.unflatten(tree, [next(given) if leaf is None else leaf[1] for leaf in fixed])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _program(method: Callable[..., Any], here: Any, there: Any) -> Any:
     """Return the compiled `method(instance, *args)` for all that differ in arrays only."""
 
@@ -115,3 +118,26 @@ class Prepared(eqx.Module):
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+@jax.custom_jvp
+def _still(leaf: Any) -> Any:
+    return leaf
+
+
+@functools.partial(_still.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> Any:
+    if not isinstance(tangents[0], SymbolicZero):
+        expected = "left out: coefficients were made of it before. Prepare inside the derivative"
+        raise _check.bad("derivative", "the process of a prepared function", expected, "one by it")
+    return primals[0], tangents[0]
+
+
+def hold_still(model: Any, part: Any) -> Any:
+    """Return a model that refuses derivatives by a part of it.
+
+    For the part that coefficients were made of: a derivative of what is left of it would be wrong
+    without a word.
+    """
+    leaves = {id(leaf) for leaf in jax.tree.leaves(part) if eqx.is_inexact_array(leaf)}
+    return jax.tree.map(lambda leaf: _still(leaf) if id(leaf) in leaves else leaf, model)

@@ -20,7 +20,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree, Real
 
 from jaxdiff import _check
@@ -28,7 +27,7 @@ from jaxdiff._array import Cond, ScalarLike
 from jaxdiff._host import is_concrete
 from jaxdiff._keys import HOOK, stream
 from jaxdiff._loop import over_steps
-from jaxdiff._prepared import Prepared, call
+from jaxdiff._prepared import Prepared, call, hold_still
 from jaxdiff._status import SUCCESS, or_nan, status
 from jaxdiff.score import floating
 from jaxdiff.solvers.hooks import Between
@@ -276,19 +275,6 @@ def _hooked(where: str, solve: AbstractSolve, hook: Any, level: int) -> Abstract
     return _Hooked(solve, hook, level)
 
 
-@jax.custom_jvp
-def _hold(leaf: Array) -> Array:
-    return leaf
-
-
-@functools.partial(_hold.defjvp, symbolic_zeros=True)
-def _(primals: Any, tangents: Any) -> Any:
-    if not isinstance(tangents[0], SymbolicZero):
-        expected = "left out: coefficients were made of it before. Call jd.sampler inside"
-        raise _check.bad("gradient of a sampler", "the process", expected, "a derivative by it")
-    return primals[0], tangents[0]
-
-
 class Sampler(Prepared):
     """A prepared solve: a pure function of a key, a condition and a start. Made by `sampler`.
 
@@ -437,11 +423,8 @@ def _admit(where: str, self: Sampler, key: Any, init: Any) -> tuple[Any, Any]:
 
 def _held(self: Sampler) -> Any:
     """Return the model, its process closed to derivatives that would miss the coefficients."""
-    if self.solve.live:
-        return self.model
-    path = {id(leaf) for leaf in jax.tree.leaves(self.solve.path_of(self.model))}
-    known = lambda leaf: id(leaf) in path and eqx.is_inexact_array(leaf)  # noqa: E731
-    return jax.tree.map(lambda leaf: _hold(leaf) if known(leaf) else leaf, self.model)
+    path = () if self.solve.live else self.solve.path_of(self.model)
+    return hold_still(self.model, path)
 
 
 def run_one(self: Sampler, key: Any, cond: Cond, init: Any) -> Samples:

@@ -2,7 +2,7 @@
 
 from jaxdiff.solvers.correctors import Churn, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
-from jaxdiff.solvers.engine import AbstractGridSolver, Row
+from jaxdiff.solvers.engine import AbstractGridSolver, Row, State, combine
 from jaxdiff.solvers.exponential import DDIM, transfer
 from jaxdiff.solvers.fitted import Fitted
 from jaxdiff.solvers.hooks import Between, Hook, Langevin
@@ -28,7 +28,16 @@ from jaxdiff.solvers.stochastic import (
     ReverseDiffusion,
     SASolver,
 )
-from jaxdiff.solvers.terms import AdditiveNoise, Clock, Field, GridBrownian, pf_ode, reverse_sde
+from jaxdiff.solvers.terms import (
+    AdditiveNoise,
+    Clock,
+    Field,
+    GridBrownian,
+    View,
+    pf_ode,
+    reverse_sde,
+    view,
+)
 from jaxdiff.solvers.travel import ReversibleAdjoint
 from jaxdiff.solvers.v3 import DPMSolverV3, Statistics
 from jaxdiff.solvers.wrapper import AbstractWrapper
@@ -78,12 +87,16 @@ __all__ = [
     "Scheduled",
     "Secant",
     "SplitNoise",
+    "State",
     "Statistics",
     "SymmetricLeapfrog",
     "UniPC",
     "VelocityLeapfrog",
+    "View",
     "WarmStart",
+    "combine",
     "pf_ode",
     "reverse_sde",
     "transfer",
+    "view",
 ]
