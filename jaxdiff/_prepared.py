@@ -128,8 +128,11 @@ def _still(leaf: Any) -> Any:
 @functools.partial(_still.defjvp, symbolic_zeros=True)
 def _(primals: Any, tangents: Any) -> Any:
     if not isinstance(tangents[0], SymbolicZero):
-        expected = "left out: coefficients were made of it before. Prepare inside the derivative"
-        raise _check.bad("derivative", "the process of a prepared function", expected, "one by it")
+        expected = (
+            "anything but the process of a prepared function, of which its coefficients were made "
+            "before: prepare inside the derivative"
+        )
+        raise _check.bad("derivative", "what is differentiated", expected, "that process")
     return primals[0], tangents[0]
 
 
