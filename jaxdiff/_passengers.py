@@ -10,6 +10,7 @@ A likelihood is a passenger (the trace of the covariance of the noise), and so a
 the flow map (a matrix) and the gradient of a loss (a covector, on the way back).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,9 +92,9 @@ class Road(eqx.Module):
 
     def cast(self, dtype: Any) -> "Road":
         """Return the road in the dtype of a state."""
-        fields = (self.ts, self.lams, self.scales, self.sigmas)
-        fields = tuple(jnp.asarray(a, dtype) for a in fields)
-        return Road(*fields, self.solver, self.controller, self.adjoint, self.max_steps)
+        names = ("ts", "lams", "scales", "sigmas")
+        cast = {name: jnp.asarray(getattr(self, name), dtype) for name in names}
+        return dataclasses.replace(self, **cast)
 
 
 def _readings(process: AbstractProcess, ts: Array) -> tuple[Array, Array, Array]:
