@@ -193,8 +193,8 @@ def sample_to(
             warnings.warn(f"{_WHERE}: {file} is damaged and is made again ({found})", stacklevel=2)
         picked = np.minimum(np.arange(first, first + per_file), num - 1)  # one width for all files
         cond, init = jax.tree.map(lambda a, picked=picked: a[picked], each)
-        own = dict(num=per_file, cond=cond, init=init, start=start + first, chunk=chunk, on=on)
-        _write(file, _arrays(sample(key, placed, **own), rows))
+        own: Any = dict(num=per_file, start=start + first, chunk=chunk, on=on)
+        _write(file, _arrays(sample(key, placed, cond=cond, init=init, **own), rows))
     return path
 
 

@@ -19,6 +19,7 @@ from jaxdiff._status import SUCCESS, or_nan, status
 from jaxdiff._steps import DiffraxSolve, bounded
 from jaxdiff.process import AbstractProcess, check_path, vanishing
 from jaxdiff.score import AbstractDenoiser
+from jaxdiff.solvers._reversal import ReversibleAdjoint, arrive, step_pair, travel, travel_back
 from jaxdiff.solvers.engine import AbstractGridSolver
 from jaxdiff.solvers.reversible import AbstractReversible, Inverted, kind
 from jaxdiff.solvers.terms import (
@@ -29,7 +30,6 @@ from jaxdiff.solvers.terms import (
     pf_ode,
     reverse_sde,
 )
-from jaxdiff.solvers.travel import ReversibleAdjoint, arrive, step_pair, travel, travel_back
 
 Engine: TypeAlias = Literal["scan", "diffrax"]
 Values: TypeAlias = Array | np.ndarray
@@ -142,9 +142,9 @@ class GridSolve(DiffraxSolve):
             controller, most = dfx.StepTo(nodes), self.steps
             # one checkpoint per step: diffrax's logarithmic default was measured 2-8x slower
             adjoint = dfx.RecursiveCheckpointAdjoint(checkpoints=most)
-            saved: Any = dict(t0=True, steps=True)
+            saved = dfx.SaveAt(t0=True, steps=True)
         else:
-            controller, most, saved = self.controller, self.max_steps, dict(ts=nodes)
+            controller, most, saved = self.controller, self.max_steps, dfx.SaveAt(ts=nodes)
             adjoint = dfx.RecursiveCheckpointAdjoint()
         solution = dfx.diffeqsolve(
             terms,
@@ -153,7 +153,7 @@ class GridSolve(DiffraxSolve):
             nodes[-1],
             None,
             y0,
-            saveat=dfx.SaveAt(**(saved if self.trajectory else dict(t1=True))),
+            saveat=saved if self.trajectory else dfx.SaveAt(t1=True),
             stepsize_controller=controller,
             adjoint=adjoint if self.adjoint is None else self.adjoint,
             max_steps=most,
@@ -172,6 +172,8 @@ class GridSolve(DiffraxSolve):
 
 class PairSolve(GridSolve):
     """A reversible solver: what is stepped, forwards and backwards, is its pair of states."""
+
+    solver: AbstractReversible
 
     @property
     def hookable(self) -> bool:
@@ -298,14 +300,11 @@ class _Same(AbstractProcess):
     """A process that is another one until a subclass says otherwise."""
 
     process: AbstractProcess
+    t_min: Any = eqx.field(init=False)
+    t_max: Any = eqx.field(init=False)
 
-    @property
-    def t_min(self) -> Any:
-        return self.process.t_min
-
-    @property
-    def t_max(self) -> Any:
-        return self.process.t_max
+    def __post_init__(self) -> None:
+        self.t_min, self.t_max = self.process.t_min, self.process.t_max
 
     def log_alpha(self, t: Any) -> Array:
         return jnp.log(self.alpha(t))
@@ -410,12 +409,18 @@ def _(
             got = f"t={float(ts[0])!r}, where clock {name!r} has no finite state; start below it"
             got += "" if stochastic else " or choose another clock"
             raise _check.bad(where, "ts[0]", expected, got)
-    arrays = _cast((bounded(solver), ts, nodes, scales, last), dtype)
-    pair = isinstance(solver, AbstractReversible) and engine == "scan"
-    if pair and not trajectory and solver.smooth is not solver:
-        adjoint = ReversibleAdjoint()  # rounding has no slope of its own
-    return (PairSolve if pair else GridSolve)(
-        *arrays,
+    family: type[GridSolve] = GridSolve
+    if isinstance(solver, AbstractReversible) and engine == "scan":
+        family = PairSolve
+        if not trajectory and solver.smooth is not solver:
+            adjoint = ReversibleAdjoint()  # rounding has no slope of its own
+    solver, ts, nodes, scales, last = _cast((bounded(solver), ts, nodes, scales, last), dtype)
+    return family(
+        solver=solver,
+        ts=ts,
+        nodes=nodes,
+        scales=scales,
+        last=last,
         path=noise,
         controller=controller,
         adjoint=adjoint,

@@ -10,6 +10,7 @@ A likelihood is a passenger (the trace of the covariance of the noise), and so a
 the flow map (a matrix) and the gradient of a loss (a covector, on the way back).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,9 +94,9 @@ class Road(eqx.Module):
 
     def cast(self, dtype: Any) -> "Road":
         """Return the road in the dtype of a state."""
-        whole = (self.ts, self.lams, self.scales, self.sigmas)
-        cast = tuple(jnp.asarray(a, dtype) for a in whole)
-        return eqx.tree_at(lambda r: (r.ts, r.lams, r.scales, r.sigmas), self, cast)
+        names = ("ts", "lams", "scales", "sigmas")
+        cast = {name: jnp.asarray(getattr(self, name), dtype) for name in names}
+        return dataclasses.replace(self, **cast)
 
 
 def _readings(process: AbstractProcess, ts: Array) -> tuple[Array, Array, Array]:

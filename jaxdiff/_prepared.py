@@ -100,14 +100,15 @@ def call(method: Callable[..., Any], instance: Any, *args: Any) -> Any:
         known = _know(instance)
         if isinstance(instance, Prepared):
             _KNOWN[instance] = known
+    given: Any = args
     there = None
     if not all(map(_is_number, jax.tree.leaves(args))):
-        args, *rest = _split(args, _is_number)
+        given, *rest = _split(args, _is_number)
         there = tuple(rest)
     program = known.programs.get((method, there))
     if program is None:
         program = known.programs[method, there] = _program(method, known.here, there)
-    return program(known.arrays, args)
+    return program(known.arrays, given)
 
 
 class Prepared(eqx.Module):

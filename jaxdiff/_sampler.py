@@ -211,6 +211,9 @@ class _Hooked(AbstractSolve):
     hook: Any
     level: int = eqx.field(static=True)
 
+    def __init__(self, inner: AbstractSolve, hook: Any, level: int) -> None:
+        self.inner, self.hook, self.level = inner, hook, level
+
     start = property(lambda self: self.inner.start)  # type: ignore[assignment]
     ts = property(lambda self: self.inner.ts)  # type: ignore[assignment]
     trajectory = property(lambda self: self.inner.trajectory)  # type: ignore[assignment]

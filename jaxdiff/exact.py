@@ -26,6 +26,7 @@ __all__ = [
     "Empirical",
     "Mixture",
     "Posterior",
+    "atoms_of",
     "empirical",
     "gaussian",
     "log_weights",

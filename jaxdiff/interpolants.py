@@ -280,7 +280,7 @@ def _check_diffusion(where: str, model: Model, solver: Any, ts: Any, diffusion: 
             raise _check.bad(where, "diffusion", expected, got)
 
 
-class BridgeSolve(DiffraxSolve):
+class _BridgeSolve(DiffraxSolve):
     r"""A solver of diffrax between base and data, in the clock s = 1 - t, which increases.
 
     Attributes:
@@ -291,21 +291,13 @@ class BridgeSolve(DiffraxSolve):
 
     solver: dfx.AbstractSolver
     ts: Any
+    nodes: Any
     diffusion: Any
     base: bool = eqx.field(static=True)
     start: jax.ShapeDtypeStruct = eqx.field(static=True)
     trajectory: bool = eqx.field(static=True)
+    stochastic: bool = eqx.field(static=True)
     live: bool = eqx.field(static=True)
-
-    @property
-    def nodes(self) -> Any:  # type: ignore[override]
-        """The times of the clock."""
-        return 1 - jnp.asarray(self.ts)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether e is not 0."""
-        return self.diffusion is not None
 
     def path_of(self, model: Any) -> Any:
         """Return the interpolant."""
@@ -327,7 +319,9 @@ class BridgeSolve(DiffraxSolve):
 
         if self.diffusion is None:
             return dfx.ODETerm(drift)
-        path = GridBrownian(key=stream(key, SOLVER), nodes=self.nodes, shape=self.start)
+        path = GridBrownian(
+            key=stream(key, SOLVER), nodes=jnp.asarray(self.nodes), shape=self.start
+        )
         return dfx.MultiTerm(dfx.ODETerm(drift), _Noise(path, self.diffusion))
 
     def init(self, model: Any, key: Any, cond: Cond, init: Any) -> State:
@@ -346,7 +340,7 @@ def _(
     ts: Any,
     diffusion: Any = None,
     trajectory: bool = False,
-) -> BridgeSolve:
+) -> _BridgeSolve:
     r"""Prepare to carry base samples to data, by the ODE or by an SDE of any diffusion.
 
     $$ dx = (b - e\,\nabla\log q_t)\,dt + \sqrt{2e}\,d\bar W, \qquad x(t_0) = x_1 $$
@@ -370,10 +364,13 @@ def _(
     if not good:
         expected = f"an explicit diffrax solver for {kind}, as diffrax.Heun()"
         raise _check.bad(where, "solver", expected, repr(solver))
-    return BridgeSolve(
-        bounded(solver),
-        ts.astype(wide),
-        diffusion,
+    ts = ts.astype(wide)
+    return _BridgeSolve(
+        solver=bounded(solver),
+        ts=ts,
+        nodes=1 - ts,
+        diffusion=diffusion,
+        stochastic=diffusion is not None,
         base=model.base is not None,
         start=start,
         trajectory=trajectory,

@@ -23,6 +23,8 @@ from jaxdiff._array import Scalar, time_dtype
 from jaxdiff._mesh import devices_of
 from jaxdiff.process import AbstractProcess
 
+__all__ = ["ShardedEmpirical", "empirical"]
+
 
 class ShardedEmpirical(exact.Empirical):
     """An `exact.Empirical` whose chunks of atoms are sharded over an axis of a mesh.

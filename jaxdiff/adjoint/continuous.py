@@ -14,10 +14,12 @@ from jaxdiff._array import Cond
 from jaxdiff._passengers import At, Ride, Road, ride, road
 from jaxdiff._sampler import Samples
 from jaxdiff._status import first_failure, or_nan, status
-from jaxdiff.adjoint.pullback import Cov, Loss, Pullback, is_loss, pullback, scalar
+from jaxdiff.adjoint.rules import Cov, Loss, Pullback, is_loss, pullback, scalar
 from jaxdiff.adjoint.terminal import Gradient
 from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import AbstractDenoiser, floating
+
+__all__ = ["continuous_gradient"]
 
 
 class _Covector(eqx.Module):

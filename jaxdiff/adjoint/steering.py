@@ -14,10 +14,12 @@ from jaxdiff._keys import stream
 from jaxdiff._loop import over_steps
 from jaxdiff._sampler import Sampler, Samples, State
 from jaxdiff._status import or_nan, status
-from jaxdiff.adjoint.pullback import Cov, Loss, scalar
+from jaxdiff.adjoint.rules import Cov, Loss, scalar
 from jaxdiff.adjoint.terminal import Problem, gradient, problem
 from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import floating
+
+__all__ = ["OptimisedNoise", "guide", "optimise_noise"]
 
 
 class OptimisedNoise(eqx.Module):

@@ -13,10 +13,12 @@ from jaxdiff._array import Cond, Scalar
 from jaxdiff._gaussian import GridSolve, PairSolve
 from jaxdiff._sampler import Sampler, Samples
 from jaxdiff._status import or_nan, status
-from jaxdiff.adjoint.pullback import Cov, Loss, Pullback, WithCov, is_loss, pullback, scalar
+from jaxdiff.adjoint.rules import Cov, Loss, Pullback, WithCov, is_loss, pullback, scalar
 from jaxdiff.fisher.heads import AbstractTrace
 from jaxdiff.score import floating
-from jaxdiff.solvers.travel import ReversibleAdjoint
+from jaxdiff.solvers._reversal import ReversibleAdjoint
+
+__all__ = ["Gradient", "Problem", "gradient", "problem", "terminal_gradient"]
 
 
 class Gradient(eqx.Module):
@@ -133,7 +135,7 @@ def terminal_gradient(
     models are good at large noise only.
 
     Pure: runs under jit and vmap. Cost: the sampler's evaluations; and back, per evaluation, one
-    product, see the table of `adjoint.pullback`, and for most rules the evaluation once more. Rules
+    product, see the table of `adjoint.rules`, and for most rules the evaluation once more. Rules
     that look at the end point run the sampler once before. Memory: the states, (nodes, *dims), and
     one network evaluation; for a reversible solver nothing that grows with the number of steps.
 
@@ -141,7 +143,7 @@ def terminal_gradient(
         sampler: of a denoiser. A deterministic one, or one whose noise is fixed by `key`.
         loss: differentiable, from the end point (*dims,) to a number ().
         x_T: noise at the first node, (*dims,).
-        cov: the posterior covariance, a name of the table of `adjoint.pullback` or a callable
+        cov: the posterior covariance, a name of the table of `adjoint.rules` or a callable
             `(t, x, m, y) -> operator` that returns $C$ at a state `x` with denoiser output `m`
             on the way to the end point `y`.
         cond: condition passed to the denoiser.

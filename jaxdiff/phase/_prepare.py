@@ -120,8 +120,12 @@ def _(
         raise _check.bad(where, "ts", expected, ts)
     root, last = host64(_ends, head, ts)
     arrays = (ts, stages, root, last if denoise else None)
+    ts, stages, root, last = jax.tree.map(lambda a: a.astype(wide), arrays)
     return PhaseSolve(
-        *jax.tree.map(lambda a: a.astype(wide), arrays),
+        ts=ts,
+        stages=stages,
+        root=root,
+        last=last,
         start=jax.ShapeDtypeStruct((2, *start.shape), start.dtype),
         memory=solver.memory,
         stochastic=any(stage.noise is not None for stage in stages),

@@ -1,5 +1,6 @@
 """Clocks, diffrax terms and solvers: how a denoiser is turned into samples."""
 
+from jaxdiff.solvers._reversal import ReversibleAdjoint
 from jaxdiff.solvers.correctors import Churn, SplitNoise
 from jaxdiff.solvers.coupled import EDICT, McCallumFoster
 from jaxdiff.solvers.engine import AbstractGridSolver, Row, State, combine
@@ -38,7 +39,6 @@ from jaxdiff.solvers.terms import (
     reverse_sde,
     view,
 )
-from jaxdiff.solvers.travel import ReversibleAdjoint
 from jaxdiff.solvers.v3 import DPMSolverV3, Statistics
 from jaxdiff.solvers.wrapper import AbstractWrapper
 

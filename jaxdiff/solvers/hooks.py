@@ -18,6 +18,8 @@ from jaxdiff._array import Cond, ScalarLike
 from jaxdiff._keys import stream
 from jaxdiff.score import AbstractDenoiser
 
+__all__ = ["Between", "Hook", "Langevin", "LangevinStep"]
+
 
 @runtime_checkable
 class Hook(Protocol):

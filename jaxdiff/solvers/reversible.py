@@ -211,7 +211,9 @@ class AbstractTwoStep(AbstractReversible):
             moves.append(jnp.where(first, new - now, (new - now) - q * (old - now)))
         alpha0, alpha1 = process.alpha(ts[1]), process.alpha(ts[0])
         clean = jnp.where(process.sigma(ts[0]) > 0, 0.0, alpha0 / alpha1)
-        return _Leap(jnp.where(first, 1.0, 0.0), c[1], c[0], q, *moves, *lines, clean)
+        (of_m, of_eps), (line_m, line_eps) = moves, lines
+        start = jnp.where(first, 1.0, 0.0)
+        return _Leap(start, c[1], c[0], q, of_m, of_eps, line_m, line_eps, clean)
 
     def _move(self, at: View, t: Array, z: Array, c: Array, of_m: Array, of_eps: Array) -> Array:
         x = self.show(z, c)

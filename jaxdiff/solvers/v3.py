@@ -37,7 +37,7 @@ from jaxdiff.solvers.multistep import limit, step_length
 from jaxdiff.solvers.quadrature import history, integral, integrals, log_snr_step
 from jaxdiff.solvers.terms import View
 
-__all__ = ["Curves", "DPMSolverV3", "Statistics"]
+__all__ = ["Curves", "DPMSolverV3", "Statistics", "Values"]
 
 _SLACK = 1e-3  # how far a grid may leave the statistics, in log-SNR: the round-off of its ends
 

@@ -45,6 +45,8 @@ from jaxdiff.fisher.operators import difference_step, posterior_cov
 from jaxdiff.process import AbstractProcess, gaussian_only
 from jaxdiff.score import AbstractDenoiser, floating
 
+__all__ = ["Cov", "CovName", "Loss", "Pullback", "WithCov", "is_loss", "pullback", "scalar"]
+
 Loss: TypeAlias = Callable[[Any], Any]
 CovName: TypeAlias = Literal[
     "vjp", "jvp", "fd", "exact", "isotropic", "gated", "centred", "endpoint", "none"
@@ -213,6 +215,9 @@ class WithCov(AbstractDenoiser):
     denoiser: AbstractDenoiser
     rule: Pullback
     end: Any = None
+
+    def __init__(self, denoiser: AbstractDenoiser, rule: Pullback, end: Any = None) -> None:
+        self.denoiser, self.rule, self.end = denoiser, rule, end
 
     @property
     def process(self) -> AbstractProcess:  # type: ignore[override]
