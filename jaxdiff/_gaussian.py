@@ -39,8 +39,6 @@ class GridSolve(DiffraxSolve):
     r"""A solver of jaxdiff or diffrax on the PF-ODE or the reverse SDE, from node to node.
 
     Attributes:
-        solver: with its rows.
-        nodes: `ts` as the clock reads them.
         scales: state / x at all nodes; None for 1.
         last: factor and time of a final step $x = c\,m$; None without one.
         path: makes the Brownian path of a sample from a key; None for one keyed by the grid.
@@ -48,9 +46,6 @@ class GridSolve(DiffraxSolve):
         adjoint: for the diffrax engine.
     """
 
-    solver: dfx.AbstractSolver
-    ts: Values
-    nodes: Values
     scales: Values | None
     last: tuple[Values, Values] | None
     path: Callable[[Any], dfx.AbstractBrownianPath] | None
@@ -58,11 +53,7 @@ class GridSolve(DiffraxSolve):
     adjoint: dfx.AbstractAdjoint | None
     max_steps: int = eqx.field(static=True)
     clock: ClockName = eqx.field(static=True)
-    stochastic: bool = eqx.field(static=True)
     engine: Engine = eqx.field(static=True)
-    start: jax.ShapeDtypeStruct = eqx.field(static=True)
-    trajectory: bool = eqx.field(static=True)
-    live: bool = eqx.field(static=True)
 
     @property
     def last_time(self) -> Any:

@@ -283,7 +283,7 @@ def admit(where: str, key: Any, sampler: Any, num: Any, cond: Cond, init: Any) -
         raise _check.bad(where, "sampler", expected, repr(sampler))
     _check.whole(where, "num", num, 1)
     init = sampler.solve.admit(where, init, (num,))
-    key = _check.needed_key(where, key, init is None or sampler.solve.stochastic)
+    key = _check.needed_key(where, key, init is None or sampler.solve.draws)
     _check.rows(where, "cond", cond, num)
     return key, (cond, init)
 

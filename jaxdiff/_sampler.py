@@ -10,6 +10,7 @@ and ends. Loops, batches, devices, files and checks are written once, for all of
 """
 
 import abc
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from jaxdiff._loop import over_steps
 from jaxdiff._prepared import Prepared, call, hold_still
 from jaxdiff._status import SUCCESS, or_nan, status
 from jaxdiff.score import floating
-from jaxdiff.solvers.hooks import Between
+from jaxdiff.solvers.hooks import Between, Hook
 from jaxdiff.solvers.reversible import Inverted
 from jaxdiff.solvers.terms import ClockName
 
@@ -75,23 +76,25 @@ class State(NamedTuple):
 class AbstractSolve(eqx.Module):
     """A solve of one sample, prepared by a family: how it begins, steps and ends.
 
-    Subclasses write `init`, `step` and, where there is more to do than to read x, `end` and
-    `pack`. The model is an argument of each: a solve holds coefficients only.
+    Subclasses write `path_of`, `init`, `step`, `x`, `replace` and, where there is more to do than
+    to read x, `end` and `pack`. The model is an argument of each: a solve holds coefficients only.
 
     Attributes:
-        start: shape and dtype of what a sample starts from, the `init` of a sampler.
         ts: the nodes that are stepped through, (steps + 1,).
+        start: shape and dtype of what a sample starts from, the `init` of a sampler.
         stochastic: whether steps draw noise.
         trajectory: whether all states are returned.
         live: whether coefficients were made of traced numbers, so that derivatives reach the
             path through them.
+        hooks: what is called after each step, in order: see `solvers.Between`.
     """
 
-    start: eqx.AbstractVar[jax.ShapeDtypeStruct]
-    ts: eqx.AbstractVar[Any]
-    stochastic: eqx.AbstractVar[bool]
-    trajectory: eqx.AbstractVar[bool]
-    live: eqx.AbstractVar[bool]
+    ts: Any = eqx.field(kw_only=True)
+    start: jax.ShapeDtypeStruct = eqx.field(static=True, kw_only=True)
+    stochastic: bool = eqx.field(static=True, kw_only=True)
+    trajectory: bool = eqx.field(static=True, kw_only=True)
+    live: bool = eqx.field(static=True, kw_only=True)
+    hooks: tuple[Hook, ...] = eqx.field(default=(), kw_only=True)
 
     @property
     def steps(self) -> int:
@@ -143,9 +146,57 @@ class AbstractSolve(eqx.Module):
         """Return what users see of a sample: x and whatever stands beside it in `aux`."""
         return x, {}
 
+    @property
+    def draws(self) -> bool:
+        """Whether a key is needed even where the start is given."""
+        return self.stochastic or any(getattr(hook, "stochastic", False) for hook in self.hooks)
+
+    def move(self, model: Any, n: Any, key: PRNGKeyArray | None, state: State, cond: Cond) -> State:
+        """Make step `n` and call the hooks."""
+        if not self.hooks:
+            return self.step(model, n, key, state, cond)
+        x0, state = self.x(n, state), self.step(model, n, key, state, cond)
+        times, last = jnp.asarray(self.ts)[jnp.stack([n, n + 1])], self.last_time is None
+        for level, hook in enumerate(self.hooks):
+
+            def call_it(state: State, level: int = level, hook: Any = hook) -> State:
+                x1 = self._hook(level, hook, model, n, times, x0, self.x(n + 1, state), key, cond)
+                return self.replace(n + 1, state._replace(nfe=_more(state.nfe, hook)), x1)
+
+            if last and not getattr(hook, "last", True):
+                state = jax.lax.cond(n < self.steps - 1, call_it, lambda state: state, state)
+            else:
+                state = call_it(state)
+        return state
+
+    def close(
+        self, model: Any, key: PRNGKeyArray | None, state: State, cond: Cond
+    ) -> tuple[Array, Any]:
+        """End, and call the hooks if that was a step."""
+        x1, nfe = self.end(model, key, state, cond)
+        if not self.hooks or self.last_time is None:
+            return x1, nfe
+        n, x0 = self.steps, self.x(self.steps, state)
+        times = jnp.stack([jnp.asarray(self.ts)[-1], jnp.asarray(self.last_time)])
+        for level, hook in enumerate(self.hooks):
+            if getattr(hook, "last", True):
+                x1 = self._hook(level, hook, model, n, times, x0, x1, key, cond)
+                nfe = _more(nfe, hook)
+        return x1, nfe
+
+    def _hook(
+        self, level: int, hook: Any, model: Any, n: Any, times: Array, x0: Array, x1: Array,
+        key: PRNGKeyArray | None, cond: Cond,
+    ) -> Array:  # fmt: skip
+        own = None if key is None else stream(stream(stream(key, HOOK), level), n)
+        x1 = jnp.asarray(hook(model, (times[0], times[1]), x0, x1, own, cond))
+        if x1.shape != x0.shape:
+            raise _check.bad("Between", "what hook returns", f"of shape {x0.shape}", x1.shape)
+        return x1.astype(x0.dtype)
+
     def finish(self, model: Any, key: PRNGKeyArray | None, state: State, cond: Cond) -> Samples:
         """Return the result of a state after all steps."""
-        return self._settle(*self.end(model, key, state, cond), state)
+        return self._settle(*self.close(model, key, state, cond), state)
 
     def _settle(self, x: Array, nfe: Any, state: State) -> Samples:
         result = status(state.result, x)
@@ -179,18 +230,18 @@ class AbstractSolve(eqx.Module):
         to the sample: with zeros, the derivative by them is that by the states.
         """
         first, state = self.begins(init), self.init(model, key, cond, init)
+        see = self.x if self.trajectory or nudges is not None else None
 
         def nudge(n: Any, state: State) -> State:
-            if nudges is None:
-                return state
-            return self.replace(n, state, self.x(n, state) + nudges[n])
+            return state if nudges is None else self.replace(n, state, self.x(n, state) + nudges[n])
+
+        def step(n: Any, state: State) -> State:
+            return nudge(n + 1, self.move(model, n, key, state, cond))
 
         state = nudge(first, state)
-        x0 = self.x(first, state) if self.trajectory else None
-        step = lambda n, state: nudge(n + 1, self.step(model, n, key, state, cond))  # noqa: E731
-        see = self.x if self.trajectory else None
+        x0 = None if see is None else self.x(first, state)
         state, xs = over_steps(step, state, first, self.steps, see)
-        x, nfe = self.end(model, key, state, cond)
+        x, nfe = self.close(model, key, state, cond)
         if nudges is not None and self.last_time is not None:
             x = x + nudges[-1]
         out = self._settle(x, nfe, state)
@@ -204,78 +255,9 @@ class AbstractSolve(eqx.Module):
         return eqx.tree_at(lambda out: out.aux, out, out.aux | {"trajectory": path, "ts": ts})
 
 
-class _Hooked(AbstractSolve):
-    """A solve with a hook after each of its steps: `Between`, unwrapped."""
-
-    inner: AbstractSolve
-    hook: Any
-    level: int = eqx.field(static=True)
-
-    def __init__(self, inner: AbstractSolve, hook: Any, level: int) -> None:
-        self.inner, self.hook, self.level = inner, hook, level
-
-    start = property(lambda self: self.inner.start)  # type: ignore[assignment]
-    ts = property(lambda self: self.inner.ts)  # type: ignore[assignment]
-    trajectory = property(lambda self: self.inner.trajectory)  # type: ignore[assignment]
-    live = property(lambda self: self.inner.live)  # type: ignore[assignment]
-    last_time = property(lambda self: self.inner.last_time)  # type: ignore[assignment]
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.inner.stochastic or getattr(self.hook, "stochastic", False)
-
-    def path_of(self, model: Any) -> PyTree:
-        return self.inner.path_of(model)
-
-    def admit(self, where: str, init: Any, lead: tuple[int, ...] = ()) -> Any:
-        return self.inner.admit(where, init, lead)
-
-    def init(self, model: Any, key: Any, cond: Cond, init: Any) -> State:
-        return self.inner.init(model, key, cond, init)
-
-    def x(self, n: Any, state: State) -> Array:
-        return self.inner.x(n, state)
-
-    def replace(self, n: Any, state: State, x: Array) -> State:
-        return self.inner.replace(n, state, x)
-
-    def pack(self, x: Array, state: State) -> tuple[Array, dict[str, Array]]:
-        return self.inner.pack(x, state)
-
-    def _call(self, model: Any, n: Any, times: Any, x0: Array, x1: Array, key: Any, cond: Any):
-        if key is not None:
-            key = stream(stream(stream(key, HOOK), self.level), n)
-        return jnp.asarray(self.hook(model, times, x0, x1, key, cond)).astype(x1.dtype)
-
-    def step(self, model: Any, n: Any, key: Any, state: State, cond: Cond) -> State:
-        x0, state = self.inner.x(n, state), self.inner.step(model, n, key, state, cond)
-        ts, cost = jnp.asarray(self.ts), getattr(self.hook, "evaluations", 0)
-
-        def after(state: State) -> State:
-            x1 = self.inner.x(n + 1, state)
-            x1 = self._call(model, n, (ts[n], ts[n + 1]), x0, x1, key, cond)
-            nfe = jnp.where(state.nfe < 0, state.nfe, state.nfe + cost)
-            return self.inner.replace(n + 1, state._replace(nfe=nfe), x1)
-
-        if self.last_time is not None or getattr(self.hook, "last", True):
-            return after(state)
-        return jax.lax.cond(n < self.steps - 1, after, lambda state: state, state)
-
-    def end(self, model: Any, key: Any, state: State, cond: Cond) -> tuple[Array, Any]:
-        x0, (x1, nfe) = self.inner.x(self.steps, state), self.inner.end(model, key, state, cond)
-        if self.last_time is None or not getattr(self.hook, "last", True):
-            return x1, nfe
-        times = (jnp.asarray(self.ts)[-1], jnp.asarray(self.last_time))
-        x1 = self._call(model, self.steps, times, x0, x1, key, cond)
-        cost = getattr(self.hook, "evaluations", 0)
-        return x1, jnp.where(nfe < 0, nfe, nfe + cost)
-
-
-def _hooked(where: str, solve: AbstractSolve, hook: Any, level: int) -> AbstractSolve:
-    if not solve.hookable:
-        expected = "left out: no hook fits between the steps of a controller or a reversible solver"
-        raise _check.bad(where, "solver (Between)", expected, repr(hook))
-    return _Hooked(solve, hook, level)
+def _more(nfe: Any, hook: Any) -> Any:
+    """Add the evaluations of a hook, unless nobody knows those of the solver."""
+    return jnp.where(nfe < 0, nfe, nfe + getattr(hook, "evaluations", 0))
 
 
 class Sampler(Prepared):
@@ -326,12 +308,12 @@ class Sampler(Prepared):
         """Return the state after step `n`, which is 0 for the first and below `steps`."""
         if is_concrete(n) and not 0 <= int(n) < self.steps:
             raise _check.bad("sampler.step", "n", f"from 0 to {self.steps - 1}", n)
-        key = _check.needed_key("sampler.step", key, self.solve.stochastic)
+        key = _check.needed_key("sampler.step", key, self.solve.draws)
         return call(_step, self, n, key, state, cond)
 
     def finish(self, key: PRNGKeyArray | None, state: State, cond: Cond = None) -> Samples:
         """Return the result of a state after all steps, making the step to sigma = 0."""
-        key = _check.needed_key("sampler.finish", key, self.solve.stochastic)
+        key = _check.needed_key("sampler.finish", key, self.solve.draws)
         return call(_finish, self, key, state, cond)
 
     @property
@@ -421,7 +403,7 @@ class Sampler(Prepared):
 
 def _admit(where: str, self: Sampler, key: Any, init: Any) -> tuple[Any, Any]:
     init = self.solve.admit(where, init)
-    return _check.needed_key(where, key, init is None or self.solve.stochastic), init
+    return _check.needed_key(where, key, init is None or self.solve.draws), init
 
 
 def _held(self: Sampler) -> Any:
@@ -440,7 +422,7 @@ def _init(self: Sampler, key: Any, cond: Cond, init: Any) -> State:
 
 
 def _step(self: Sampler, n: Any, key: Any, state: State, cond: Cond) -> State:
-    return self.solve.step(_held(self), n, key, state, cond)
+    return self.solve.move(_held(self), n, key, state, cond)
 
 
 def _finish(self: Sampler, key: Any, state: State, cond: Cond) -> Samples:
@@ -593,9 +575,10 @@ def sampler(
         solver = solver.solver
     start = jax.ShapeDtypeStruct(shape, dtype)
     solve = prepare(model, start, solver=solver, ts=ts, **options)
-    for level, hook in enumerate(reversed(hooks)):
-        solve = _hooked(where, solve, hook, level)
-    return Sampler(model, solve)
+    if hooks and not solve.hookable:
+        expected = "left out: no hook fits between the steps of a controller or a reversible solver"
+        raise _check.bad(where, "solver (Between)", expected, repr(hooks[0]))
+    return Sampler(model, dataclasses.replace(solve, hooks=tuple(reversed(hooks))))
 
 
 def _changed(value: Any, default: Any) -> bool:

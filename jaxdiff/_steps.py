@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 import diffrax as dfx
-import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
@@ -23,8 +22,8 @@ class DiffraxSolve(AbstractSolve):
         nodes: the times of the terms, (steps + 1,).
     """
 
-    solver: eqx.AbstractVar[Any]
-    nodes: eqx.AbstractVar[Any]
+    solver: Any
+    nodes: Any
 
     @abc.abstractmethod
     def terms(self, model: Any, key: PRNGKeyArray | None, cond: Cond) -> Any:

@@ -284,20 +284,12 @@ class _BridgeSolve(DiffraxSolve):
     r"""A solver of diffrax between base and data, in the clock s = 1 - t, which increases.
 
     Attributes:
-        solver: explicit.
         diffusion: e; None for the ODE.
         base: whether the model can draw $x_1$.
     """
 
-    solver: dfx.AbstractSolver
-    ts: Any
-    nodes: Any
     diffusion: Any
     base: bool = eqx.field(static=True)
-    start: jax.ShapeDtypeStruct = eqx.field(static=True)
-    trajectory: bool = eqx.field(static=True)
-    stochastic: bool = eqx.field(static=True)
-    live: bool = eqx.field(static=True)
 
     def path_of(self, model: Any) -> Any:
         """Return the interpolant."""
@@ -366,12 +358,12 @@ def _(
         raise _check.bad(where, "solver", expected, repr(solver))
     ts = ts.astype(wide)
     return _BridgeSolve(
-        solver=bounded(solver),
+        bounded(solver),
+        1 - ts,
+        diffusion,
+        model.base is not None,
         ts=ts,
-        nodes=1 - ts,
-        diffusion=diffusion,
         stochastic=diffusion is not None,
-        base=model.base is not None,
         start=start,
         trajectory=trajectory,
         live=not is_concrete(model.interpolant),

@@ -160,11 +160,11 @@ def _guide(
         """Return the sample at the end of the steps from `first` on."""
 
         def step(n: Any, state: State) -> State:
-            move = lambda state: solve.step(model, n, task.key, state, cond)  # noqa: E731
+            move = lambda state: solve.move(model, n, task.key, state, cond)  # noqa: E731
             return jax.lax.cond(n >= first, move, lambda state: state, state)
 
         state, _ = over_steps(step, state, 0, solve.steps)
-        return solve.end(model, task.key, state, cond)[0]
+        return solve.close(model, task.key, state, cond)[0]
 
     def corrected(n: Any, state: State) -> State:
         def once(k: Any, state: State) -> State:
@@ -186,7 +186,7 @@ def _guide(
         return jax.lax.cond(inside[n], fix, lambda state: state, state)
 
     def step(n: Any, state: State) -> State:
-        return solve.step(model, n, task.key, corrected(n, state), cond)
+        return solve.move(model, n, task.key, corrected(n, state), cond)
 
     state, _ = over_steps(step, solve.init(model, task.key, cond, x), 0, solve.steps)
     if solve.last_time is not None:  # the step of `end` starts from a node too

@@ -10,12 +10,12 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from jaxdiff import _check
 from jaxdiff._array import Cond, Scalar
-from jaxdiff._gaussian import GridSolve, PairSolve
+from jaxdiff._gaussian import PairSolve
 from jaxdiff._sampler import Sampler, Samples
 from jaxdiff._status import or_nan, status
 from jaxdiff.adjoint.rules import Cov, Loss, Pullback, WithCov, is_loss, pullback, scalar
 from jaxdiff.fisher.heads import AbstractTrace
-from jaxdiff.score import floating
+from jaxdiff.score import AbstractDenoiser, floating
 from jaxdiff.solvers._reversal import ReversibleAdjoint
 
 __all__ = ["Gradient", "Problem", "gradient", "problem", "terminal_gradient"]
@@ -75,12 +75,12 @@ def problem(
     Raises:
         ValueError: naming the first that is wrong.
     """
-    if not isinstance(sampler, Sampler) or not isinstance(sampler.solve, GridSolve):
+    if not isinstance(sampler, Sampler) or not isinstance(sampler.model, AbstractDenoiser):
         expected = "one of a denoiser, jd.sampler(denoiser, shape, solver=..., ts=...)"
         raise _check.bad(where, "sampler", expected, repr(sampler))
     is_loss(where, loss)
     rule = pullback(where, sampler.model, cov, trace, key)
-    key = _check.needed_key(where, key, sampler.solve.stochastic)
+    key = _check.needed_key(where, key, sampler.solve.draws)
     return Problem(sampler, loss, rule, cond, key)
 
 
@@ -88,7 +88,6 @@ def gradient(problem: Problem, x: Array, trajectory: bool = False) -> Gradient:
     """Return the loss at the end of a path and its gradient at the start."""
     solve, nudges = problem.sampler.solve, None
     if trajectory:
-        solve = dataclasses.replace(solve, trajectory=True)
         nodes = solve.steps + 1 + (solve.last_time is not None)
         nudges = jnp.zeros((nodes, *x.shape), x.dtype)
     elif isinstance(solve, PairSolve) and solve.reversible:

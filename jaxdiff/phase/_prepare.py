@@ -33,15 +33,10 @@ class PhaseSolve(AbstractSolve):
         memory: number of older predictions in use.
     """
 
-    ts: Any
     stages: tuple[Stage, ...]
     root: Any
     last: Stage | None
-    start: jax.ShapeDtypeStruct = eqx.field(static=True)
     memory: int = eqx.field(static=True)
-    stochastic: bool = eqx.field(static=True)
-    trajectory: bool = eqx.field(static=True)
-    live: bool = eqx.field(static=True)
 
     @property
     def last_time(self) -> Any:
@@ -119,15 +114,13 @@ def _(
         expected = f"a grid on which {name} has finite coefficients"
         raise _check.bad(where, "ts", expected, ts)
     root, last = host64(_ends, head, ts)
-    arrays = (ts, stages, root, last if denoise else None)
-    ts, stages, root, last = jax.tree.map(lambda a: a.astype(wide), arrays)
+    arrays = (stages, root, last if denoise else None, ts)
+    *arrays, ts = jax.tree.map(lambda a: a.astype(wide), arrays)
     return PhaseSolve(
-        ts=ts,
-        stages=stages,
-        root=root,
-        last=last,
-        start=jax.ShapeDtypeStruct((2, *start.shape), start.dtype),
+        *arrays,
         memory=solver.memory,
+        ts=ts,
+        start=jax.ShapeDtypeStruct((2, *start.shape), start.dtype),
         stochastic=any(stage.noise is not None for stage in stages),
         trajectory=trajectory,
         live=not is_concrete(head),
