@@ -1,11 +1,12 @@
 """What does `jaxdiff.sample` cost over a scan written by hand?
 
 The same 50 steps of the same model in one process, in turns: a `lax.scan` over coefficients from
-outside, `jaxdiff.sample` inside `jit` (its own scan), and for DDIM also `jaxdiff.sample` called
-eagerly, `diffrax.Euler` in clock "r" (diffeqsolve), and the torch scheduler of diffusers where that
-is installed. Then what tracing and compiling 20 steps take, with no cache, of which the tables of
-coefficients on the host are listed by themselves. Ratios are to the scan by hand; appends a line of
-JSON to `benchmarks/results/overhead.jsonl`.
+outside, `jaxdiff.sample` of a prepared sampler inside `jit`, and for DDIM also the same called
+eagerly, `diffrax.Euler` in clock "r", and the torch scheduler of diffusers where that is installed.
+Then what one call costs where the model costs nothing: of a prepared sampler, eager and inside
+`jit`; of `sample` with a number of samples that is new to it, at one chunk width; and of preparing.
+Then what tracing and compiling 20 steps take, with no cache, beside preparing the sampler. Ratios
+are to the scan by hand; appends a line of JSON to `benchmarks/results/overhead.jsonl`.
 
     python benchmarks/overhead.py
 """
@@ -118,8 +119,8 @@ def by_hand(net, name, num, shape, ts):
 
 
 def ours(net, solver, num, shape, ts):
-    model = jd.Denoiser(VP, net)
-    return lambda key: jd.sample(key, model, shape, num=num, solver=solver, ts=ts).x
+    sampler = jd.sampler(jd.Denoiser(VP, net), shape, solver=solver, ts=ts)
+    return lambda key: jd.sample(key, sampler, num=num).x
 
 
 def torch_scheduler(name, num, shape):
@@ -196,6 +197,31 @@ def steps_take(cases):
     return rows
 
 
+def calls_take(repeats):
+    """Microseconds of single calls with a model that costs nothing, in turns."""
+    ts, key, width = VP.grid(STEPS, "logsnr"), jax.random.key(0), 32
+    prepare = lambda: jd.sampler(jd.Denoiser(VP, shrink), (2,), solver=solvers.DDIM(), ts=ts)  # noqa: E731
+    sampler = prepare()
+    jitted = jax.jit(lambda key: sampler(key).x)
+    results = in_turns({"eager call": lambda key: sampler(key).x, "inside jit": jitted}, repeats)
+    rows = [dict(call=name, us=1e6 * median) for name, (_, median, _) in results.items()]
+    many = lambda num: lambda key: jd.sample(key, sampler, num=num, chunk=width).x  # noqa: E731
+    first = clock(many(2 * width), key)
+    nums = range(2 * width + 1, 2 * width + 1 + min(repeats, width))  # three chunks each
+    new, again = zip(*[(clock(many(num), key), clock(many(num), key)) for num in nums], strict=True)
+    rows += [dict(call="sample, three chunks", us=1e6 * statistics.median(again)),
+             dict(call="the same, a new num", us=1e6 * statistics.median(new)),
+             dict(call="the same, the first", us=1e6 * first)]  # fmt: skip
+    prepare()
+    times = [clock(lambda key: prepare().solve.ts, key) for _ in range(min(repeats, REPEATS))]
+    rows.append(dict(call="preparing", us=1e6 * statistics.median(times)))
+    print(f"\n{'trivial, 2, DDIM':<24}{'us':>12}{'extra':>12}")
+    for row in rows:
+        extra = f"{row['us'] - rows[1]['us']:>12.1f}" if row is rows[0] else ""
+        print(f"{row['call']:<24}{row['us']:>12.1f}{extra}", flush=True)
+    return rows
+
+
 def build(run, key):
     """Trace, lower and compile with empty caches; return the seconds of each."""
     jax.clear_caches()
@@ -209,27 +235,25 @@ def build(run, key):
 def compiling_takes(cases, repeats):
     rows, ts, key = [], VP.grid(COMPILED_STEPS, "logsnr"), jax.random.key(0)
     print(f"\n{COMPILED_STEPS} steps{'':<14}{'solver':<20}{'trace s, by hand':>18}{'ours':>8}"
-          f"{'tables':>8}{'compile s, by hand':>20}{'ours':>8}{'ratio':>8}{'no tables':>11}"
+          f"{'compile s, by hand':>20}{'ours':>8}{'prepare':>9}{'ratio':>8}{'prepared':>10}"
           )  # fmt: skip
     for name, net, num, shape, _ in cases:
         for method in [method for method in SOLVERS if method != "DDIM"]:
             solver = SOLVERS[method]
-            hand, mine = (loop(net, which, num, shape, ts) for loop, which in (
-                (by_hand, method), (ours, solver)))  # fmt: skip
-            runs = []
+            hand, runs = by_hand(net, method, num, shape, ts), []
             for _ in range(repeats):
-                runs.append([*build(hand, key), *build(mine, key)])
                 jax.clear_caches()
                 begin = time.perf_counter()
-                solver.tabulate(VP, ts)
-                runs[-1].append(time.perf_counter() - begin)
-            a, b, c, d, tables = (min(column) for column in zip(*runs, strict=True))
-            ratio, rest = (c + d) / (a + b), (c + d - tables) / (a + b)
+                mine = ours(net, solver, num, shape, ts)
+                took = time.perf_counter() - begin
+                runs.append([*build(hand, key), *build(mine, key), took])
+            a, b, c, d, took = (min(column) for column in zip(*runs, strict=True))
+            ratio, rest = (took + c + d) / (a + b), (c + d) / (a + b)
             rows.append(dict(model=name, solver=method, by_hand_trace_s=a, by_hand_compile_s=b,
-                             trace_s=c, compile_s=d, tables_s=tables, ratio=ratio,
-                             ratio_without_tables=rest))  # fmt: skip
-            print(f"{name:<22}{method:<20}{a:>18.3f}{c:>8.3f}{tables:>8.3f}{b:>20.3f}{d:>8.3f}"
-                  f"{ratio:>8.2f}{rest:>11.2f}", flush=True)  # fmt: skip
+                             trace_s=c, compile_s=d, prepare_s=took, ratio=ratio,
+                             ratio_of_prepared=rest))  # fmt: skip
+            print(f"{name:<22}{method:<20}{a:>18.3f}{c:>8.3f}{b:>20.3f}{d:>8.3f}{took:>9.3f}"
+                  f"{ratio:>8.2f}{rest:>10.2f}", flush=True)  # fmt: skip
     return rows
 
 
@@ -254,6 +278,7 @@ def measure(quick=False):
     return {
         "steps": STEPS,
         "cases": steps_take(few if quick else cases),
+        "calls": calls_take(more),
         "compile": compiling_takes(few, 1 if quick else COMPILED_REPEATS),
     }
 

@@ -1,6 +1,6 @@
 """Throughput over devices and processes, against one device and against the network alone.
 
-1. *devices*: samples per second of `shard.sample` on 1, 2, 4 ... devices of this process, weak (so
+1. *devices*: samples per second of `sample` on 1, 2, 4 ... devices of this process, weak (so
    many samples for each) and strong (so many in all), as multiples of one device.
 2. *processes*: the same over processes of one device each, started by `launch.py`.
 3. *forward*: the rate of network evaluations in `sample` as a share of that of the network alone,
@@ -45,7 +45,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import launch  # noqa: E402
 import numpy as np  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
+from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 
 import jaxdiff as jd  # noqa: E402
 from jaxdiff import shard, train  # noqa: E402
@@ -85,8 +85,8 @@ def mesh_of(devices) -> jax.sharding.Mesh:
 def rate(mesh, num: int) -> float:
     """Return samples per second on a mesh."""
     model, shape, _ = network(ARGS.quick)
-    task = dict(num=num, solver=jd.solvers.DPMpp2M(), ts=VP.grid(STEPS))
-    run = lambda: shard.sample(mesh, jax.random.key(0), model, shape, **task).x  # noqa: E731
+    sampler = jd.sampler(model, shape, solver=jd.solvers.DPMpp2M(), ts=VP.grid(STEPS))
+    run = lambda: jd.sample(jax.random.key(0), sampler, num=num, on=mesh).x  # noqa: E731
     return num / seconds(run, 3)
 
 
@@ -106,14 +106,13 @@ def scaling(sizes: list[int]) -> list[dict]:
 def forward() -> dict:
     """Compare evaluations inside `sample` with the network alone, on one device."""
     model, shape, batch = network(ARGS.quick)
-    task = dict(num=batch, solver=jd.solvers.DPMpp2M(), ts=VP.grid(STEPS, t_end=1e-3))
-    key = jax.random.key(0)
-    draw = jax.jit(lambda key: jd.sample(key, model, shape, **task).x)
+    key, ts = jax.random.key(0), VP.grid(STEPS, t_end=1e-3)
+    sampler = jd.sampler(model, shape, solver=jd.solvers.DPMpp2M(), ts=ts)
     x = jax.random.normal(key, (batch, *shape))
     alone = jax.jit(lambda x: jax.lax.scan(
         lambda x, t: (jax.vmap(lambda x: model(t, x))(x), None), x, jnp.full(STEPS, 0.5))[0]
     )  # fmt: skip
-    ours, theirs = seconds(lambda: draw(key)), seconds(lambda: alone(x))
+    ours, theirs = seconds(lambda: jd.sample(key, sampler, num=batch).x), seconds(lambda: alone(x))
     row = dict(samples_per_second=batch / ours, share=theirs / ours, evaluations=STEPS)
     print(f"forward: {row['samples_per_second']:.1f} samples/s, {row['share']:.2f} of the network")
     return row
@@ -131,7 +130,7 @@ def oracle(sizes: list[int]) -> list[dict]:
     for n in sizes:
         mesh = jax.make_mesh((n,), ("data",), (AxisType.Auto,), devices=jax.devices()[:n])
         data = rng.normal(size=(per_device * n, d)).astype(np.float32)
-        model = shard.empirical(mesh, VP, data)
+        model = shard.empirical(VP, data, on=NamedSharding(mesh, PartitionSpec("data")))
         x = jnp.asarray(rng.normal(size=(queries, d)), jnp.float32)
         score = jax.jit(lambda model, x: jax.vmap(lambda x: model.score(0.5, x))(x))
         took = seconds(lambda: score(model, x), 3)  # noqa: B023

@@ -589,7 +589,7 @@ class Discrete(AbstractProcess):
     $$ \alpha(i)^2 = \bar\alpha_i = \prod_{j \le i}(1 - \beta_j), \qquad \sigma^2 = 1 - \alpha^2 $$
 
     and $\log\alpha$ is linear in between. Time is the index that published networks were trained
-    with, $t \in [0, N - 1]$; the step from index 0 to clean data is `denoise=True` of `draw`.
+    with, $t \in [0, N - 1]$; the step from index 0 to clean data is `denoise=True` of `jd.sampler`.
     Nodes that the network needs as integers come from `grids.discrete` or any array of indices.
 
     Args:

@@ -634,12 +634,15 @@ def test_exact_denoisers_are_defined_at_the_ends_that_they_say(kind, covariance)
 
 def test_a_wrapper_of_a_noise_prediction_is_refused_where_there_is_no_signal(as_users_see_it):
     path = Rectified()
-    options = dict(solver=jd.solvers.DDIM(), ts=[1.0, 0.5], init=jnp.ones(2))
+    options = dict(solver=jd.solvers.DDIM(), ts=[1.0, 0.5])
     for kind, refused in (("eps", True), ("score", True), ("v", False), ("x0", False)):
         inner = Denoiser(path, lambda t, x, cond: 0.1 * x, kind)
         for model in (inner, Halved({"net": [inner]}, path)):
             if not refused:
-                assert np.all(np.isfinite(jd.draw(None, model, (2,), **options).x))
+                assert np.all(
+                    np.isfinite(jd.sampler(model, (2,), **options)(None, init=np.ones(2)).x)
+                )
                 continue
-            with pytest.raises(ValueError, match=r"draw: ts\[0\] must be a time with alpha > 0"):
-                jd.draw(None, model, (2,), **options)
+            expected = r"sampler: ts\[0\] must be a time with alpha > 0"
+            with pytest.raises(ValueError, match=expected):
+                jd.sampler(model, (2,), **options)

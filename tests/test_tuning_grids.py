@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from oracles import GaussianMixture
 
-from jaxdiff import exact, grids, sampling, solvers
+import jaxdiff as jd
+from jaxdiff import exact, grids, solvers
 from jaxdiff.process import EDM, VP, Rectified
 from jaxdiff.score import Denoiser
 from jaxdiff.tuning.align import align_your_steps, klub
@@ -240,7 +241,7 @@ def test_costs_are_those_of_euler_steps(metric):
     ts = NOISE.grid(7)
     costs = jump_costs(KEY, SHARP, (2,), ts=ts, num=5, metric=metric)
     solver = solvers.DPMpp2M()
-    run = sampling.sample(KEY, SHARP, (2,), num=5, solver=solver, ts=ts, trajectory=True)
+    run = jd.sample(KEY, jd.sampler(SHARP, (2,), solver=solver, ts=ts, trajectory=True), num=5)
     xs = run.aux["trajectory"]
     eps = np.asarray(jax.vmap(jax.vmap(SHARP.eps), (None, 0))(jnp.asarray(ts), xs))
     xs = np.asarray(xs)
@@ -281,7 +282,7 @@ def test_gits_beats_the_grids_that_know_no_model():
     init = jax.vmap(lambda k: NOISE.prior(k, (2,)))(jax.random.split(jax.random.key(7), 256))
 
     def ends(ts, solver):
-        return sampling.sample(None, SHARP, (2,), num=256, solver=solver, ts=ts, init=init).x
+        return jd.sample(None, jd.sampler(SHARP, (2,), solver=solver, ts=ts), num=256, init=init).x
 
     truth = ends(NOISE.grid(600), solvers.Heun())
     rms = lambda ts: float(jnp.sqrt(jnp.mean((ends(ts, solvers.DDIM()) - truth) ** 2)))  # noqa: E731

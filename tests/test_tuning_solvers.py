@@ -74,9 +74,9 @@ def flow():
     """Starting states of the mixture and where the PF-ODE takes them."""
     start = 20.0 * np.random.default_rng(5).standard_normal((NUM, 2))
     controller = dfx.PIDController(1e-10, 1e-10)
-    options = dict(clock="lam", controller=controller, init=start)
-    run = jd.sample(None, LAW, (2,), num=NUM, solver=dfx.Dopri8(), ts=[20.0, 0.05], **options)
-    return start, np.asarray(jd.sampling.check(run).x)
+    options = dict(clock="lam", controller=controller)
+    sampler = jd.sampler(LAW, (2,), solver=dfx.Dopri8(), ts=[20.0, 0.05], **options)
+    return start, np.asarray(jd.check(jd.sample(None, sampler, num=NUM, init=start)).x)
 
 
 # --- DPM-Solver-v3. ---
@@ -223,7 +223,8 @@ def test_fits_generalise_as_specified(n, flow):
     ]
     for fitted, expected in zip(fits, SPECIFIED[n], strict=True):
         assert (fitted.errors[:, 1] <= fitted.errors[:, 0]).all()
-        run = jd.sample(None, LAW, (2,), num=NUM, solver=fitted, ts=ts, init=start)
+        sampler = jd.sampler(LAW, (2,), solver=fitted, ts=ts)
+        run = jd.sample(None, sampler, num=NUM, init=start)
         error = rms(run.x - truth)
         assert 0.8 < error / expected < 1.2, error
         assert int(run.nfe[0]) == n

@@ -43,7 +43,7 @@ class Churn(AbstractGridSolver):
 
     The lifted time never leaves the process: $\hat t \le$ `t_max`, so that a step that starts at
     `t_max` adds nothing; neither does one that starts at alpha = 0. The number of steps N must be
-    known: on a grid of `draw` and `sample`, or after `tabulate`.
+    known: on the grid of a `jd.sampler`, or after `tabulate`.
 
     Args:
         churn: S, the total amount, 0 or more; from 10 to 80 in the paper.

@@ -103,7 +103,7 @@ class AbstractGridSolver(dfx.AbstractItoSolver):
     """A solver that is a row of coefficients per step; subclasses write `row`.
 
     Works on the terms of `pf_ode` (deterministic) and `reverse_sde` (stochastic) in any clock, in
-    `diffrax.diffeqsolve` and in the plain scan of `jaxdiff.draw`, with the same `step`.
+    `diffrax.diffeqsolve` and in the plain scan of `jaxdiff.sampler`, with the same `step`.
 
     Attributes:
         rows: the coefficients of every step of a known grid, made by `tabulate`; None to build

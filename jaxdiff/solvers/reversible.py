@@ -68,7 +68,7 @@ Pair: TypeAlias = tuple[Array, Array]
 
 
 class Inverted(eqx.Module):
-    """The result of `invert`: all that the way back needs, to be given to `draw` as `init`.
+    """The result of `invert`: all that the way back needs, to be given to a sampler as `init`.
 
     Attributes:
         x: the state at the noise end, (*dims,); NaN where the inversion failed.
@@ -364,7 +364,7 @@ def _round(z: Array) -> Array:
 
 @_round.defjvp
 def _round_jvp(*_: Any) -> Any:
-    expected = "None, or the derivative that of draw in the scan engine with no trajectory"
+    expected = "None, or the derivative that of a sampler in the scan engine with no trajectory"
     raise _check.bad(
         "derivative of a leapfrog", "bits", expected, "a number: rounding has no slope"
     )
@@ -376,7 +376,7 @@ class AbstractLeapfrog(AbstractTwoStep):
     With `bits`, a state is an int32 multiple of 2^-bits and a step adds a rounded increment, which
     the inverse subtracts: not one bit is lost over any number of steps, as long as the network
     gives the same bits both times. It does in one program at one batch size; programs of another
-    batch size may round differently. States beyond the range of int32 count as failed. `draw`
+    batch size may round differently. States beyond the range of int32 count as failed. A sampler
     differentiates it by `ReversibleAdjoint`, with the slope of the solver without rounding; where
     that does not apply (`invert`, `trajectory`, the diffrax engine), a derivative is refused.
     """
