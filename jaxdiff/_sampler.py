@@ -330,7 +330,8 @@ class Sampler(Prepared):
     def init(self, key: PRNGKeyArray | None, cond: Cond = None, init: Any = None) -> State:
         """Return the state before the first step; arguments as of a call."""
         if isinstance(init, Inverted):
-            raise _check.bad("sampler.init", "init", "an array: pairs go through a call", "Inverted")
+            expected = "an array: pairs go through a call"
+            raise _check.bad("sampler.init", "init", expected, "the result of invert")
         self._on_a_grid("sampler.init")
         key, init = _admit("sampler.init", self, key, init)
         return call(_init, self, key, cond, init)
