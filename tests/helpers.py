@@ -135,13 +135,13 @@ class MLP(eqx.Module):
 
 
 class Counter(list):
-    """A static field that equals any other, so that it never causes a trace by itself."""
+    """A static field that is no other's equal: its programs are its own."""
 
     def __eq__(self, other):
-        return isinstance(other, Counter)
+        return self is other
 
     def __hash__(self):
-        return 0
+        return id(self)
 
 
 def mlp(seed=0, dtype=np.float32, traces=None, d=2, width=64):

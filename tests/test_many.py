@@ -145,7 +145,7 @@ def test_nothing_is_traced_twice():
         run = jd.sampler(denoiser, (2,), solver=DDIM(eta=0.5), ts=ts, dtype=np.float32)
         return jd.sample(jax.random.key(seed), run, num=3, cond=cond).x
 
-    net = functools.partial(mlp, width=61, traces=traces)  # of no other test's width
+    net = functools.partial(mlp, traces=traces)
     inside = jax.jit(lambda s, d, ts, cond: run(s, d, ts, cond))
     for call, ts in ((run, TS), (inside, jnp.asarray(TS))):
         call(0, net(0), ts, cond)
@@ -165,7 +165,7 @@ def test_nothing_is_traced_twice():
 def test_a_network_is_traced_once_for_all_that_is_drawn():
     """Of one preparation: keys, conditions, new parameters, and any number in chunks of one."""
     traces, cond = Counter(), np.ones(2, np.float32)
-    net = functools.partial(mlp, width=59, traces=traces)
+    net = functools.partial(mlp, traces=traces)
     run = prepared(net(0), dtype=np.float32)
     first = run(KEY, cond).x
     other = run.with_model(net(1))
@@ -195,13 +195,13 @@ def test_many_are_calls_with_their_rows_and_folded_keys():
 
 def test_many_compiles_a_prepared_function_once_and_takes_methods():
     traces = Counter()
-    belm = prepared(mlp(0, np.float64, traces, width=53), BELM())
+    belm = prepared(mlp(0, np.float64, traces), BELM())
     x = jd.sample(KEY, belm, num=3).x
     before = len(traces)
     there = jd.many(belm.invert, x, chunk=2)
     assert len(traces) > before
     before = len(traces)
-    jd.many(belm.with_model(mlp(1, np.float64, traces, width=53)).invert, x, chunk=2)
+    jd.many(belm.with_model(mlp(1, np.float64, traces)).invert, x, chunk=2)
     assert len(traces) == before
     np.testing.assert_allclose(there.x[1], belm.invert(x[1]).x, rtol=1e-12)
     np.testing.assert_allclose(jd.sample(None, belm, num=3, init=there).x, x, rtol=1e-11)
