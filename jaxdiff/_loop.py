@@ -24,6 +24,10 @@ def over_steps(
         seen = None if see is None else see(first, state)
         return state, jax.tree.map(lambda a: a[None][:0], seen)
 
+    if first == stop:  # trace no step: there may be no coefficients to make it with
+        seen = None if see is None else see(first, state)
+        return state, jax.tree.map(lambda a: a[None][:0], seen)
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state: Any, n: Any) -> tuple[Any, Any]:
         state = step(n, state)

@@ -209,17 +209,21 @@ class AbstractSolve(eqx.Module):
 
     def admit(self, where: str, init: Any, lead: tuple[int, ...] = ()) -> Any:
         """Return a checked `init`, with leading axes `lead`, or raise ValueError."""
-        return init if init is None else self._array(where, init, lead)
+        return init if init is None else self._array(where, "init", init, lead)
 
-    def _array(self, where: str, init: Any, lead: tuple[int, ...]) -> Array:
+    def admit_x(self, where: str, x: Any) -> Array:
+        """Return a checked sample, or raise ValueError."""
+        return self._array(where, "x", x, ())
+
+    def _array(self, where: str, name: str, value: Any, lead: tuple[int, ...]) -> Array:
         shape = (*lead, *self.start.shape)
         try:
-            init = init if isinstance(init, jax.Array) else jnp.asarray(init)
+            value = value if isinstance(value, jax.Array) else jnp.asarray(value)
         except (TypeError, ValueError):
-            raise _check.bad(where, "init", f"an array of shape {shape}", repr(init)) from None
-        if init.shape != shape:
-            raise _check.bad(where, "init", f"of shape {shape}", f"shape {init.shape}")
-        return init
+            raise _check.bad(where, name, f"an array of shape {shape}", repr(value)) from None
+        if value.shape != shape:
+            raise _check.bad(where, name, f"of shape {shape}", f"shape {value.shape}")
+        return value
 
     def run(
         self, model: Any, key: PRNGKeyArray | None, cond: Cond, init: Any, nudges: Any = None
@@ -297,7 +301,8 @@ class Sampler(Prepared):
     def init(self, key: PRNGKeyArray | None, cond: Cond = None, init: Any = None) -> State:
         """Return the state before the first step; arguments as of a call."""
         if isinstance(init, Inverted):
-            raise _check.bad("sampler.init", "init", "an array: pairs go through a call", init)
+            expected = "an array: pairs go through a call"
+            raise _check.bad("sampler.init", "init", expected, "the result of invert")
         self._on_a_grid("sampler.init")
         key, init = _admit("sampler.init", self, key, init)
         return call(_init, self, key, cond, init)
@@ -335,12 +340,14 @@ class Sampler(Prepared):
         """Return the sample in a state at node `n`, before step n: (*dims,)."""
         return call(_x, self, n, state)
 
-    def replace(self, n: int | Int[Array, ""], state: State, x: Array) -> State:
+    def replace(self, n: int | Int[Array, ""], state: State, x: Float[Any, "*dims"]) -> State:
         """Return the state at node `n` with another sample in it.
 
         Raises:
-            ValueError: if the solver is reversible: its state is a pair, of which x is one half.
+            ValueError: if the solver is reversible: its state is a pair, of which x is one half; or
+                if `x` is not of the shape of a sample.
         """
+        x = self.solve.admit_x("sampler.replace", x)
         return call(_replace, self, n, state, x)
 
     def invert(self, x: Any, cond: Cond = None, *, freeze: float | int = 0.0) -> Inverted:

@@ -1,9 +1,12 @@
 """The tables that tests are parametrised over: a new process or solver is one more row."""
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff import fisher, process, solvers
+from jaxdiff import Denoiser, fisher, process, solvers
 
 PROCESSES = {
     "VP": process.VP(),
@@ -111,3 +114,41 @@ EXPONENTIAL = {
     if ", t)" not in name and ", t," not in name
     if name not in ("F-PNDM", "BDIA", "VelocityLeapfrog", "EDICT", "LML(DPMpp2M)")
 }
+
+
+class MLP(eqx.Module):
+    """A network of two layers; `trace` counts how often it is traced."""
+
+    w1: jax.Array
+    w2: jax.Array
+    traces: list = eqx.field(static=True, default_factory=list)
+
+    def __call__(self, t, x, cond=None):
+        self.traces.append(1)
+        features = jnp.concatenate([x, jnp.stack([t, jnp.ones_like(t)]).astype(x.dtype)])
+        hidden = jnp.tanh(jnp.matmul(self.w1, features))
+        out = jnp.matmul(self.w2, hidden)
+        return out if cond is None else out + cond
+
+    def __hash__(self):
+        return id(self)
+
+
+class Counter(list):
+    """A static field that is no other's equal: its programs are its own."""
+
+    def __eq__(self, other):
+        return self is other
+
+    def __hash__(self):
+        return id(self)
+
+
+def mlp(seed=0, dtype=np.float32, traces=None, d=2, width=64):
+    """A denoiser of `MLP`, which appends to `traces` at each trace."""
+    rng = np.random.default_rng(seed)
+    w1, w2 = rng.normal(size=(width, d + 2)), rng.normal(size=(d, width)) / width
+    w1, w2 = jnp.asarray(w1, dtype), jnp.asarray(w2, dtype)
+    return Denoiser(
+        PROCESSES["VP"], MLP(w1, w2, Counter() if traces is None else traces), predicts="x0"
+    )

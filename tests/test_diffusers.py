@@ -185,8 +185,8 @@ def compare(case):
         states = their_states(case, denoiser, nodes, alpha, sigma, x)
     if case.end != "index 0":
         nodes = ts[:: case.ours.evaluations if case.grid == "logsnr" else 1]
-    options = {"init": x, "denoise": clean, "trajectory": True}
-    ours = jd.draw(None, denoiser, SHAPE, solver=case.ours, ts=nodes, **options)
+    options = {"denoise": clean, "trajectory": True}
+    ours = jd.sampler(denoiser, SHAPE, solver=case.ours, ts=nodes, **options)(None, init=x)
     done = [int(case.ours.cost(n)) for n in range(len(nodes))] + [-1] * clean
     assert ours.nfe == len(states) - 1 - (case.end == "open")
     theirs, ours = np.stack([states[n] for n in done]), ours.aux["trajectory"]

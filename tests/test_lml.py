@@ -129,9 +129,8 @@ def law(process):
 
 
 def path(process, solver, ts):
-    return jd.draw(None, law(process), (3,), solver=solver, ts=ts, init=INIT, trajectory=True).aux[
-        "trajectory"
-    ]
+    run = jd.sampler(law(process), (3,), solver=solver, ts=ts, trajectory=True)
+    return run(None, init=INIT).aux["trajectory"]
 
 
 @pytest.mark.parametrize("name", PLACED)
@@ -198,17 +197,18 @@ def test_off_is_bitwise_the_solver(name):
 
 def test_engines_batches_and_keys():
     """Scan equals diffrax bit by bit; each sample keeps its own previous direction."""
-    process, solver = VP(), LML(DPMpp2M(), c=0.3)
-    key, grid = jax.random.key(1), dict(ts=VP().grid(7))
+    key, ts = jax.random.key(1), VP().grid(7)
 
-    def run(engine):
-        out = jd.sample(key, law(process), (3,), num=5, solver=solver, engine=engine, **grid)
-        return out.x
+    def prepared(solver, engine="scan"):
+        return jd.sampler(law(VP()), (3,), solver=solver, ts=ts, engine=engine)
 
-    np.testing.assert_array_equal(run("scan"), run("diffrax"))
-    alone = jd.sample(key, law(process), (3,), num=1, start=3, solver=solver, **grid).x
-    np.testing.assert_allclose(alone[0], run("scan")[3], rtol=1e-9)
-    noisy = jd.sample(key, law(process), (3,), num=4, solver=LML(DDIM(1.0)), **grid)
+    turned = prepared(LML(DPMpp2M(), c=0.3))
+    scan = jd.sample(key, turned, num=5).x
+    diffeqsolve = jd.sample(key, prepared(LML(DPMpp2M(), c=0.3), "diffrax"), num=5).x
+    np.testing.assert_array_equal(scan, diffeqsolve)
+    alone = jd.sample(key, turned, num=1, start=3).x
+    np.testing.assert_allclose(alone[0], scan[3], rtol=1e-9)
+    noisy = jd.sample(key, prepared(LML(DDIM(1.0))), num=4)
     assert np.isfinite(noisy.x).all()
 
 
@@ -280,7 +280,8 @@ def test_the_table_of_the_comparison():
 
         def one(means, x):
             denoiser = exact.mixture(process, np.ones(20), means, 0.01)
-            return jd.sample(None, denoiser, (64,), num=STARTS, solver=solver, ts=ts, init=x).x
+            run = jd.sampler(denoiser, (64,), solver=solver, ts=ts)
+            return jd.sample(None, run, num=STARTS, init=x).x
 
         return np.asarray(jax.jit(jax.vmap(one))(means, process.sigma(ts[0]) * noise))
 

@@ -46,7 +46,7 @@ def test_weights_of_ghvb_are_the_published_ones():
 def test_a_heavy_ball_averages_the_bracket_of_2m():
     """Against the recursion written out; without averaging, the solver itself."""
     ts, init = np.geomspace(20.0, 0.05, 7), np.array([11.0, -23.0])
-    end = lambda solver: jd.draw(None, LAW, (2,), solver=solver, ts=ts, init=init).x  # noqa: E731
+    end = lambda solver: jd.sampler(LAW, (2,), solver=solver, ts=ts)(None, init=init).x  # noqa: E731
     mean = jax.jit(lambda t, x: LAW(t, x))
     for beta in (1.0, 0.6):
         x, v, last = init, None, None
@@ -68,7 +68,8 @@ def test_one_atom_is_exact_from_pure_noise_to_clean_data():
     path, atom, init = Rectified(), np.array([0.7, -1.3]), np.array([0.4, 0.9])
     denoiser = exact.gaussian(path, atom, 0.0)
     for solver in (HeavyBall(PNDM(3)), GHVB(3)):
-        end = jd.draw(None, denoiser, (2,), solver=solver, ts=np.linspace(1, 0, 5), init=init).x
+        run = jd.sampler(denoiser, (2,), solver=solver, ts=np.linspace(1, 0, 5))
+        end = run(None, init=init).x
         np.testing.assert_allclose(end, atom, atol=1e-13)
 
 
@@ -139,7 +140,7 @@ def test_intervals_of_stability(name):
     @jax.vmap
     def growth(beta, mu):
         denoiser = Denoiser(EDM(0.5, 300.0), Linear(mu), "eps")
-        return jd.draw(None, denoiser, (), solver=make(beta), ts=ts, init=jnp.ones(())).x
+        return jd.sampler(denoiser, (), solver=make(beta), ts=ts)(None, init=jnp.ones(())).x
 
     inside, outside = (np.abs(growth(beta, c * limit(beta))) for c in (0.95, 1.05))
     assert (inside < 1e-4).all() and (outside > 1e4).all(), (inside, outside)

@@ -292,16 +292,16 @@ def test_the_corrector_of_a_sampler():
     """After each step of DDIM the law moves towards q_t; by jvp as by the closed form."""
     ts, key = PATH.grid(12, "edm"), jax.random.key(0)
 
-    def ends(curvature):
-        solver = jd.solvers.LangevinCorrected(
-            jd.solvers.DDIM(), kernel=Newton(curvature, step_size=0.5, damping=0.5)
-        )
-        return jd.sample(key, LAW, (2,), num=500, solver=solver, ts=ts).x
+    def ends(solver):
+        return jd.sample(key, jd.sampler(LAW, (2,), solver=solver, ts=ts), num=500).x
 
-    closed = ends(EXACT)
-    np.testing.assert_allclose(ends(Curvature("jvp")), closed, rtol=1e-5, atol=1e-6)
+    def corrected(curvature):
+        kernel = Newton(curvature, step_size=0.5, damping=0.5)
+        return ends(jd.solvers.Between(jd.solvers.DDIM(), jd.solvers.Langevin(kernel=kernel)))
+
+    closed, plain = corrected(EXACT), ends(jd.solvers.DDIM())
+    np.testing.assert_allclose(corrected(Curvature("jvp")), closed, rtol=1e-5, atol=1e-6)
     covariance = DATA.moments()[1]
-    plain = jd.sample(key, LAW, (2,), num=500, solver=jd.solvers.DDIM(), ts=ts).x
     error = lambda x: np.abs(np.cov(np.asarray(x).T) - covariance).max()  # noqa: E731
     assert np.isfinite(closed).all() and error(closed) < error(plain) + 0.1
 

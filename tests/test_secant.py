@@ -37,12 +37,8 @@ def steps(process, values, solver, n, kind):
     ts, values = process.grid(n, **kind), np.asarray(values)
     start = float(process.sigma(ts[0])) * np.linspace(-1, 1, D)
     denoiser = gaussian(process, values)
-    run = jax.jit(
-        lambda x: jd.draw(
-            None, denoiser, (D,), solver=solver, ts=ts, init=x, trajectory=True
-        ).aux["trajectory"]
-    )  # fmt: skip
-    path = np.asarray(run(start))
+    run = jd.sampler(denoiser, (D,), solver=solver, ts=ts, trajectory=True)
+    path = np.asarray(run(None, init=start).aux["trajectory"])
     ends = [flow(process, values, ts[i], ts[i + 1], path[i]) for i in range(n)]
     return np.abs(path[1:] - ends).max(axis=1)
 
@@ -83,14 +79,11 @@ def test_the_trusted_secant_is_a_shorter_correction_of_2m(path):
     x = float(process.sigma(ts[0])) * np.random.default_rng(2).standard_normal(8)
     for i in range(1, 6):  # two steps from each node, of which the second differs
         nodes = ts[i - 1 :][:3] if i < 6 else ts[-3:]
-        ends = {
-            s: np.asarray(
-                jd.draw(None, denoiser, (8,), solver=s, ts=nodes, init=x, trajectory=True)
-                .aux["trajectory"]
-            )
+        runs = [
+            jd.sampler(denoiser, (8,), solver=s, ts=nodes, trajectory=True)
             for s in (DDIM(), DPMpp2M(), Secant())
-        }  # fmt: skip
-        base, second, secant = ends.values()
+        ]
+        base, second, secant = (np.asarray(r(None, init=x).aux["trajectory"]) for r in runs)
         np.testing.assert_allclose(secant[1], second[1], rtol=1e-13)
         one, other = second[2] - base[2], secant[2] - base[2]
         ratio = other @ one / (one @ one)
@@ -108,7 +101,8 @@ def test_fewer_steps_than_2m_for_the_same_error():
         x = float(process.sigma(fine[0])) * start
 
         def run(solver, ts, denoiser=denoiser, x=x):
-            return jd.sample(None, denoiser, (8,), num=32, solver=solver, ts=ts, init=x).x
+            prepared = jd.sampler(denoiser, (8,), solver=solver, ts=ts)
+            return jd.sample(None, prepared, num=32, init=x).x
 
         truth = run(jd.solvers.DPMpp3M(), fine)
         ends = [run(s, process.grid(10, **kind)) for s in (DPMpp2M(), Secant())]
@@ -123,12 +117,11 @@ def test_gradients_pass_where_there_is_no_history(k):
     process = Rectified()
     means = np.random.default_rng(0).standard_normal((3, 4))
     denoiser = exact.mixture(process, np.ones(3), means, np.array([0.1, 0.2, 0.3]))
-    ts = np.linspace(1, 0, 6)
+    run = jd.sampler(denoiser, (4,), solver=Secant(k), ts=np.linspace(1, 0, 6))
 
     @jax.jit
     def loss(x):
-        end = jd.draw(None, denoiser, (4,), solver=Secant(k), ts=ts, init=x)
-        return (end.x**2).sum()
+        return (run(None, init=x).x ** 2).sum()
 
     x, eye = np.array([0.3, -1.0, 0.5, 0.8]), np.eye(4)
     slopes = [(loss(x + 1e-6 * v) - loss(x - 1e-6 * v)) / 2e-6 for v in eye]
@@ -146,7 +139,10 @@ def test_a_traced_grid_ends_at_sigma_0_as_a_known_one(solver):
     process, x = Rectified(), np.array([0.4, -0.8])
     for variance in (0.1, 0.0):
         law = exact.mixture(process, [1.0, 2.0], [[-1.0, 0.3], [1.0, 0.1]], variance)
-        run = lambda ts, law=law: jd.draw(None, law, (2,), solver=solver, ts=ts, init=x).x  # noqa: E731
+
+        def run(ts, law=law):
+            return jd.sampler(law, (2,), solver=solver, ts=ts)(None, init=x).x
+
         ts = np.array([0.9, 0.6, 0.3, 0.0])
         np.testing.assert_allclose(jax.jit(run)(ts), run(ts), rtol=1e-9, atol=1e-12)
 

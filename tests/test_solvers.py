@@ -11,7 +11,7 @@ import oracles
 import pytest
 import scipy.optimize
 import scipy.stats
-from helpers import DETERMINISTIC, EXPONENTIAL, OTHERS, PROCESSES, SOLVERS, each
+from helpers import DETERMINISTIC, EXPONENTIAL, HOOKED, OTHERS, PROCESSES, SOLVERS, each
 
 import jaxdiff as jd
 from jaxdiff import exact
@@ -235,10 +235,11 @@ def test_ancestral_sampling_is_euler_maruyama_in_clock_u(name):
 
 
 def test_identities_hold_through_sample():
-    path = PROCESSES["VP"]
-    call = functools.partial(
-        jd.sample, jax.random.key(0), mixture(path), (2,), num=5, ts=span_grid("VP")
-    )
+    law, ts = mixture(PROCESSES["VP"]), span_grid("VP")
+
+    def call(**kwargs):
+        return jd.sample(jax.random.key(0), jd.sampler(law, (2,), ts=ts, **kwargs), num=5)
+
     close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
     close(call(solver=DDIM()).x, call(solver=dfx.Euler()).x)
     close(call(solver=DDIM(eta=1.0)).x, call(solver=dfx.Euler(), equation="sde").x)
@@ -331,7 +332,7 @@ def test_a_long_float32_run_loses_only_round_off():
     ts, init = PROCESSES["VP"].grid(1000), np.array([0.4, -0.9])
     alpha, sigma, _ = vp_schedule(ts)
     truth = alpha[-1] * atom + sigma[-1] / sigma[0] * (init - alpha[0] * atom)
-    out = jd.draw(None, denoiser, (2,), solver=DDIM(), ts=ts, init=init, dtype=np.float32)
+    out = jd.sampler(denoiser, (2,), solver=DDIM(), ts=ts, dtype=np.float32)(None, init=init)
     assert out.x.dtype == jnp.float32
     np.testing.assert_allclose(out.x, truth.astype(float), rtol=6e-5)
 
@@ -353,7 +354,7 @@ def test_rows_built_in_the_step_equal_the_table(clock):
         max_steps=len(ts) - 1,
         throw=False,
     )
-    expected = jd.draw(None, denoiser, (2,), solver=DPMpp2M(), ts=ts, init=x).x
+    expected = jd.sampler(denoiser, (2,), solver=DPMpp2M(), ts=ts)(None, init=x).x
     np.testing.assert_allclose(solution.ys[0] / c.scale(ts[-1]), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -367,7 +368,9 @@ def test_a_step_at_an_end_is_first_order(case):
     row = solver.tabulate(path, np.array([1.0, 0.8, 0.6, 0.5, 0.2, 0.0])).rows
     in_time = getattr(solver, "clock", None) == "t"
     if in_time and solver.stochastic:
-        assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(row))  # so draw refuses
+        assert not all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(row)
+        )  # so a sampler refuses
         return
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(row))
     rows = [row] if isinstance(row, Row) else row[:2]  # of a warm start, two
@@ -421,8 +424,8 @@ def test_from_pure_noise_to_clean_data(name):
     init = np.array([0.3, -1.1])
 
     def end(ts, init):
-        key = jax.random.key(0)
-        return jd.draw(key, denoiser, (2,), solver=SOLVERS[name][0], ts=ts, init=init).x
+        run = jd.sampler(denoiser, (2,), solver=SOLVERS[name][0], ts=ts)
+        return run(jax.random.key(0), init=init).x
 
     traced, slopes = jax.jit(lambda ts, init: (end(ts, init), jax.jacrev(end, (0, 1))(ts, init)))(
         jnp.asarray(ts), jnp.asarray(init)
@@ -439,9 +442,12 @@ def _squash(t, x, cond):
 
 
 def both_engines(name, denoiser, dtype):
-    call = functools.partial(jd.sample, jax.random.key(3), denoiser, (2,), num=4)
-    call = functools.partial(call, solver=(SOLVERS | OTHERS)[name][0])
-    call = functools.partial(call, ts=span_grid("VP"), dtype=dtype)
+    solver, ts = (SOLVERS | OTHERS)[name][0], span_grid("VP")
+
+    def call(**kwargs):
+        run = jd.sampler(denoiser, (2,), solver=solver, ts=ts, dtype=dtype, **kwargs)
+        return jd.sample(jax.random.key(3), run, num=4)
+
     scan, diffeqsolve = call(), call(engine="diffrax")
     assert scan.x.dtype == dtype and np.isfinite(scan.x).all()
     np.testing.assert_array_equal(scan.x, diffeqsolve.x)
@@ -466,6 +472,15 @@ def test_engines_are_bitwise_equal_on_a_mixture(name):
     both_engines(name, mixture(PROCESSES["VP"]), np.float32)
 
 
+@each(OTHERS | HOOKED)
+def test_every_other_solver_is_a_sampler(case):
+    """By name and count, where the plain ones have tests of their own."""
+    solver, _, each_step = case
+    run = jd.sampler(mixture(PROCESSES["VP"]), (2,), solver=solver, ts=span_grid("VP"))
+    out = jd.check(jd.sample(jax.random.key(3), run, num=4))
+    assert out.nfe.tolist() == [19 if each_step is None else 10 * each_step] * 4
+
+
 # --- Laws. ---
 
 DIFFRAX = {  # solver, keyword arguments, bound on the relative bias of the moments, evaluations
@@ -487,9 +502,8 @@ def test_every_diffrax_solver_samples_the_mixture(case):
     solver, kwargs, bias, evaluations = case
     path, n = PROCESSES["VP"], 4000
     ts = path.grid(max(40, evaluations) if kwargs == {"equation": "sde"} else 40, "logsnr")
-    out = jd.check(
-        jd.sample(jax.random.key(5), mixture(path), (2,), num=n, solver=solver, ts=ts, **kwargs)
-    )
+    run = jd.sampler(mixture(path), (2,), solver=solver, ts=ts, **kwargs)
+    out = jd.check(jd.sample(jax.random.key(5), run, num=n))
     mean, cov = LAW.moments()
     x = np.asarray(out.x)
     spread = np.sqrt(np.diag(cov))
@@ -500,6 +514,26 @@ def test_every_diffrax_solver_samples_the_mixture(case):
     fourth = ((x - mean) ** 4).mean(0) / np.diag(cov) ** 2  # kurtosis, at most 3 here
     assert np.abs(z).max() < error + bias
     assert np.abs(second / np.outer(spread, spread)).max() < error * np.sqrt(fourth.max()) + bias
+
+
+@each({name: row[:2] for name, row in DIFFRAX.items()})
+def test_either_engine_runs_a_diffrax_solver(case):
+    """The plain scan, where it is the default and where it is asked for, and `diffeqsolve`."""
+    solver, kwargs = case
+    denoiser, ts = jd.Denoiser(PROCESSES["VP"], _squash), span_grid("VP")
+
+    def path(engine):
+        run = jd.sampler(
+            denoiser, (2,), solver=solver, ts=ts, engine=engine, trajectory=True, **kwargs
+        )
+        return run(jax.random.key(3))
+
+    scan, theirs = path("scan"), path("diffrax")
+    np.testing.assert_allclose(
+        scan.aux["trajectory"], theirs.aux["trajectory"], rtol=1e-12, atol=1e-13
+    )
+    np.testing.assert_array_equal(scan.aux["trajectory"][0], theirs.aux["trajectory"][0])
+    assert scan.nfe == theirs.nfe
 
 
 MEAN, VARIANCE = 0.7, 0.25
@@ -541,7 +575,8 @@ def test_the_law_of_gaussian_samples_is_the_recursion(case):
     path, n = PROCESSES["VP"], 20000
     denoiser = exact.gaussian(path, np.array([MEAN]), VARIANCE)
     ts = path.grid(25, "uniform", t_end=0.02)
-    x = jd.sample(jax.random.key(9), denoiser, (1,), num=n, solver=solver, ts=ts).x
+    run = jd.sampler(denoiser, (1,), solver=solver, ts=ts)
+    x = jd.sample(jax.random.key(9), run, num=n).x
     m, v = vp_recursion(kind, ts)
     assert abs(x.mean() - m) < 4 * np.sqrt(v / n)
     assert abs(x.var() - v) < 4 * v * np.sqrt(2 / n)
@@ -595,7 +630,7 @@ def test_rows_are_data():
 
     denoiser, x = mixture(PROCESSES["VP"]), jnp.array([0.3, -1.1])
     ends = [
-        jd.draw(None, denoiser, (2,), solver=s, ts=np.array([0.9, 0.5]), init=x).x
+        jd.sampler(denoiser, (2,), solver=s, ts=np.array([0.9, 0.5]))(None, init=x).x
         for s in (DDIM(), Half())
     ]
     np.testing.assert_allclose(ends[1], (x + ends[0]) / 2, rtol=1e-13)

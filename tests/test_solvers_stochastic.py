@@ -17,10 +17,19 @@ import scipy.stats
 from helpers import PROCESSES, each
 
 import jaxdiff as jd
-from jaxdiff._keys import SOLVER, stream
+from jaxdiff._keys import HOOK, SOLVER, stream
 from jaxdiff.score import AbstractDenoiser
-from jaxdiff.solvers import DDIM, DPMpp2M, EulerMaruyama, GridBrownian, UniPC, pf_ode
-from jaxdiff.solvers.correctors import Churn, LangevinCorrected, SplitNoise
+from jaxdiff.solvers import (
+    DDIM,
+    Between,
+    DPMpp2M,
+    EulerMaruyama,
+    GridBrownian,
+    Langevin,
+    UniPC,
+    pf_ode,
+)
+from jaxdiff.solvers.correctors import Churn, SplitNoise
 from jaxdiff.solvers.seeds import SEEDS, DPMppSDE
 from jaxdiff.solvers.stochastic import ERSDE, DPMpp2MSDE, ReverseDiffusion, SASolver
 from jaxdiff.solvers.terms import USES, AdditiveNoise
@@ -159,11 +168,29 @@ def test_the_law_of_more_gaussian_samples(case):
     check_law(case)
 
 
+class UnitLangevin(Langevin):
+    """A corrector whose normals are coordinates, one after each step."""
+
+    nodes: jax.Array = dataclasses.field(kw_only=True)
+
+    def __call__(self, model, times, x0, x1, key, cond):
+        n = jnp.argmin(jnp.abs(self.nodes - times[1]))
+        return self.langevin(model, times[1], x1, jnp.zeros_like(x1).at[n + 1].set(1.0), cond)
+
+
 def test_a_langevin_corrector_pulls_the_law_back():
     """And leaves it alone after the last step; the errors of DDIM at 16 steps, with and without."""
-    solver = LangevinCorrected(DDIM(), snr=0.4, rule="ald")
-    plain, corrected = (abs(law(s, "VP", grid("VP", 16))[1]) for s in (DDIM(), solver))
+    path, ts = PROCESSES["VP"], grid("VP", 16)
+    hook = UnitLangevin(snr=0.4, rule="ald", nodes=jnp.asarray(ts))
+    run = jd.sampler(Affine(path), (18,), solver=Between(DDIM(), hook), ts=ts)
+    c = np.asarray(run(jax.random.key(0), init=np.eye(18)[1]).x)
+    total = [
+        float(path.alpha(t)) ** 2 * VARIANCE + float(path.sigma(t)) ** 2 for t in (ts[0], ts[-1])
+    ]
+    corrected = abs(c[1] ** 2 * total[0] + c[2:] @ c[2:] - total[1])
+    plain = abs(law(DDIM(), "VP", ts)[1])
     assert plain > 4e-2 and corrected < plain / 2, (plain, corrected)
+    assert (c[2:17] != 0).all() and c[17] == 0  # a normal after each step but the last
 
 
 # --- Noise inside a step. ---
@@ -398,7 +425,7 @@ def test_churn_is_algorithm_2_of_edm():
     ts = path.grid(n, t_end=0.05)
     key, x = jax.random.key(2), 80 * np.array([0.4, -0.9])
     solver = Churn(1.8, s_min=1.0, s_max=85.0, noise=1.01)
-    out = jd.draw(key, jd.Denoiser(path, _squash), (2,), solver=solver, ts=ts, init=x)
+    out = jd.sampler(jd.Denoiser(path, _squash), (2,), solver=solver, ts=ts)(key, init=x)
     slope = lambda x, t: (x - squash(t, x, np)) / t  # noqa: E731
     lifted = []
     for i, z in enumerate(keyed_normals(key, n, (2,))):
@@ -420,8 +447,8 @@ def test_churn_acts_on_the_state_over_alpha():
         ts = np.asarray(jax.vmap(path.t_of_lam)(lams))
         first, last = float(path.alpha(ts[0])), float(path.alpha(ts[-1]))
         net = lambda t, x, cond, path=path: jnp.tanh(x / path.alpha(t) - path.lam(t))  # noqa: E731
-        call = functools.partial(jd.draw, jax.random.key(4), jd.Denoiser(path, net), (2,))
-        out = call(solver=Churn(2.0), ts=ts, init=first * np.array([13.0, -4.0]))
+        run = jd.sampler(jd.Denoiser(path, net), (2,), solver=Churn(2.0), ts=ts)
+        out = run(jax.random.key(4), init=first * np.array([13.0, -4.0]))
         ends.append(np.asarray(out.x) / last)
     np.testing.assert_allclose(*ends, rtol=1e-11)
 
@@ -431,14 +458,14 @@ def test_unadjusted_langevin_has_the_bias_of_the_formula():
     path, t = PROCESSES["VP"], 0.4
     alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
     v = alpha**2 * VARIANCE + sigma**2
-    corrector, k = LangevinCorrected(DDIM(), snr=0.3, rule="ald"), 200
+    corrector, k = Langevin(snr=0.3, rule="ald"), 200
     x = jnp.zeros(k + 2).at[0].set(alpha * MEAN)
     body = lambda i, x: corrector.langevin(Affine(path), t, x, jnp.zeros(k + 2).at[i + 2].set(1.0))  # noqa: E731
     x = np.asarray(jax.lax.fori_loop(0, k, body, x))
     np.testing.assert_allclose(x[0], alpha * MEAN, rtol=1e-12)
     np.testing.assert_allclose(x[2:] @ x[2:], v / (1 - (0.3 * sigma) ** 2 / v), rtol=1e-10)
 
-    corrector, d, chains = LangevinCorrected(DDIM(), snr=0.3), 1000, 100
+    corrector, d, chains = Langevin(snr=0.3), 1000, 100
     denoiser = jd.exact.gaussian(path, jnp.full(d, MEAN), VARIANCE)
 
     @jax.jit
@@ -456,25 +483,30 @@ def test_unadjusted_langevin_has_the_bias_of_the_formula():
     assert abs(ratio - 1 / (1 - 0.3**2)) < 5 * error + 2 / d, (ratio, error)
 
 
-def test_a_corrector_follows_every_step_but_the_last():
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_corrector_follows_every_step_but_the_last(clean):
+    """Where a step to clean data follows, that is the last, and all nodes are corrected."""
     path, ts = PROCESSES["VP"], grid("VP", 3)
     key, x, x0 = jax.random.key(5), np.array([0.4, -0.9, 0.3]), 0.0
-    solver, rows = LangevinCorrected(DPMpp2M(), steps=2), DPMpp2M().tabulate(path, ts).rows
-    call = functools.partial(jd.draw, key, jd.Denoiser(path, _squash), (3,), solver=solver, init=x)
-    out = call(ts=ts, trajectory=True)
+    rows = DPMpp2M().tabulate(path, ts, more=int(clean)).rows
+    solver = Between(DPMpp2M(), Langevin(steps=2))
+    denoiser = jd.Denoiser(path, _squash)
+    run = jd.sampler(denoiser, (3,), solver=solver, ts=ts, denoise=clean, trajectory=True)
+    out = run(key, init=x)
     for i in range(3):
         m = squash(ts[i], x, np)
         x = rows.decay[i] * x + rows.gain[i] * m + rows.weights[0][i] * (x0 - m)
         x0, alpha, sigma = m, float(path.alpha(ts[i + 1])), float(path.sigma(ts[i + 1]))
-        for k in range(2 if i < 2 else 0):
-            z = keyed_normals(key, 3, (3,), 4 + k)[i]
+        for k in range(2 if clean or i < 2 else 0):
+            own = stream(stream(stream(stream(key, HOOK), 0), i), k)
+            z = np.asarray(jax.random.normal(own, (3,)))
             score = (alpha * squash(ts[i + 1], x, np) - x) / sigma**2
             size = 2 * (0.16 * np.linalg.norm(z) / np.linalg.norm(score)) ** 2
             x = x + size * score + np.sqrt(2 * size) * z
         np.testing.assert_allclose(out.aux["trajectory"][i + 1], x, rtol=1e-10)
-    assert int(out.nfe) == 3 + 2 * 2
-    # Where an exact step to clean data follows, the last node is corrected as well.
-    np.testing.assert_array_equal(solver.tabulate(path, ts, more=1).rows[1], 1)
+    if clean:
+        np.testing.assert_allclose(out.x, squash(ts[3], x, np), rtol=1e-10)
+    assert int(out.nfe) == (3 + 2 * 3 + 1 if clean else 3 + 2 * 2)
 
 
 # --- A path of the user. ---
@@ -486,7 +518,10 @@ def test_stages_read_a_brownian_path_of_the_user():
     shape, x = jax.ShapeDtypeStruct((2,), jnp.float64), np.array([0.5, -0.2])
     tree = dfx.VirtualBrownianTree(0.0, 10.0, 1e-4, shape, jax.random.key(0))
     denoiser, solver = jd.Denoiser(path, _squash), DPMppSDE(0.3)
-    draw = functools.partial(jd.draw, None, denoiser, (2,), ts=[start, end], init=x, noise=tree)
+
+    def draw(solver):
+        run = jd.sampler(denoiser, (2,), solver=solver, ts=[start, end], noise=lambda key: tree)
+        return run(jax.random.key(0), init=x)
 
     row = jax.tree.map(lambda a: a[0], solver.tabulate(path, jnp.array([start, end])).rows)
     (time, stage), m = row.stages[0], squash(start, x, np)
@@ -497,7 +532,7 @@ def test_stages_read_a_brownian_path_of_the_user():
 
     inner = squash(time, stage.decay * x + stage.gain * m + moved(time), np)
     expected = row.decay * x + row.gain * m + row.weights[0] * (inner - m) + moved(end)
-    np.testing.assert_allclose(draw(solver=solver).x, expected, rtol=1e-9)
+    np.testing.assert_allclose(draw(solver).x, expected, rtol=1e-9)
 
     # The two halves of split noise are two increments.
     before, after, row = SplitNoise().tabulate(path, jnp.array([start, end])).rows
@@ -506,7 +541,7 @@ def test_stages_read_a_brownian_path_of_the_user():
     z = [np.asarray(tree.evaluate(a, b)) / np.sqrt(b - a) for a, b in pairs]
     y = x + before[0] * z[0]
     expected = row.decay[0] * y + row.gain[0] * squash(start, y, np) + after[0] * z[1]
-    np.testing.assert_allclose(draw(solver=SplitNoise()).x, expected, rtol=1e-9)
+    np.testing.assert_allclose(draw(SplitNoise()).x, expected, rtol=1e-9)
 
 
 # --- Weak order where m is not affine. ---
@@ -581,9 +616,8 @@ def test_multistep_solvers_sample_a_mixture(case):
     alpha, sigma = float(path.alpha(ts[-1])), float(path.sigma(ts[-1]))
     start = [float(f(ts[0])) for f in (path.alpha, path.sigma)]
     init = start[0] * TWO.sample(0, n) + start[1] * np.random.default_rng(1).standard_normal((n, 1))
-    x = np.asarray(
-        jd.sample(jax.random.key(0), denoiser, (1,), num=n, solver=solver, ts=ts, init=init).x
-    )
+    run = jd.sampler(denoiser, (1,), solver=solver, ts=ts)
+    x = np.asarray(jd.sample(jax.random.key(0), run, num=n, init=init).x)
     mean, cov = TWO.moments()
     second = alpha**2 * (cov[0, 0] + mean[0] ** 2) + sigma**2
     error = np.std(x**2) / np.sqrt(n)
@@ -611,14 +645,12 @@ def test_errors_name_the_argument_and_what_was_given(as_users_see_it):
         (lambda: Churn(-1), "Churn: churn must be .* got -1"),
         (lambda: Churn(s_min=2.0, s_max=1.0), "Churn: s_max must be .* got 1.0"),
         (lambda: Churn(tableau="rk45"), "Churn: tableau must be .* got 'rk45'"),
-        (lambda: LangevinCorrected(dfx.Heun()), "LangevinCorrected: solver must be"),
-        (lambda: LangevinCorrected(LangevinCorrected(DDIM())), "LangevinCorrected: solver must be"),
-        (
-            lambda: LangevinCorrected(DDIM(), steps=13),
-            "LangevinCorrected: steps must be at most 12",
-        ),
-        (lambda: LangevinCorrected(DDIM(), snr=0.0), "LangevinCorrected: snr must be .* got 0.0"),
-        (lambda: LangevinCorrected(DDIM(), rule="mala"), "LangevinCorrected: rule must be"),
+        (lambda: Langevin(steps=0), "Langevin: steps must be .* got 0"),
+        (lambda: Langevin(snr=0.0), "Langevin: snr must be .* got 0.0"),
+        (lambda: Langevin(rule="mala"), "Langevin: rule must be .* got 'mala'"),
+        (lambda: Langevin(kernel=Langevin), "Langevin: kernel must be a step .* got"),
+        (lambda: Between(DDIM(), 0.5), "Between: hook must be a function .* got 0.5"),
+        (lambda: Between(DDIM(), Langevin), "Between: hook must be a function .* got"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -627,9 +659,9 @@ def test_errors_name_the_argument_and_what_was_given(as_users_see_it):
     tree = dfx.VirtualBrownianTree(
         0.0, 1e4, 1e-3, jax.ShapeDtypeStruct((2,), float), jax.random.key(0)
     )
-    call = functools.partial(jd.draw, jax.random.key(0), jd.Denoiser(path, _squash), (2,))
     with pytest.raises(ValueError, match="noise must be left out"):
-        call(solver=LangevinCorrected(DDIM()), ts=grid("VP", 3), noise=tree)
+        solver, path_of = Between(DDIM(), Langevin()), lambda key: tree
+        jd.sampler(jd.Denoiser(path, _squash), (2,), solver=solver, ts=grid("VP", 3), noise=path_of)
     with pytest.raises(ValueError, match="Churn: ts must be a known grid"):
         solver, terms = Churn(), pf_ode(jd.Denoiser(path, _squash), "t")
         state = solver.init(terms, 0.9, 0.5, jnp.zeros(2), None)
