@@ -84,7 +84,6 @@ OTHERS = {
     "SEEDS": (solvers.SEEDS(3), None, 3),
     "Churn": (solvers.Churn(), None, 2),
     "SplitNoise": (solvers.SplitNoise(), None, 1),
-    "LangevinCorrected": (solvers.LangevinCorrected(solvers.DPMpp2M()), None, None),
     "HeavyBall": (solvers.HeavyBall(solvers.DPMpp2M()), 1, 1),
     "GHVB": (solvers.GHVB(3), 2, 1),
     "LML(noise)": (solvers.LML(solvers.DDIM()), None, 1),
@@ -102,6 +101,8 @@ OTHERS = {
     "EDICT": (solvers.EDICT(), 1, 2),
     "McCallumFoster": (solvers.McCallumFoster(solvers.Heun()), 2, 4),
 }
+# What only `jaxdiff.sampler` takes: solvers with a hook between their steps.
+HOOKED = {"Langevin": (solvers.Between(solvers.DPMpp2M(), solvers.Langevin()), None, None)}
 DETERMINISTIC = {name: row for name, row in (SOLVERS | OTHERS).items() if row[1] is not None}
 # Those that see the path through log-SNR only: x/alpha does not depend on it, one atom is exact.
 EXPONENTIAL = {
