@@ -289,11 +289,11 @@ CLEAN = {  # name: (path, grid, denoise); both end on clean data, alpha = 1 and 
     "Rectified": (FLAT, FLAT.grid(STEPS, t_start=0.95), False),
     "DDPM": (STABLE, jd.grids.discrete(STABLE, STEPS, "linspace"), True),
 }
-FINITE = {  # solver, amplification of rounding as documented, by s at the nodes
-    "O-BELM": (BELM(), lambda s: ((s[0] - s[1]) / (s[-2] - s[-1])) ** 2),
-    "BDIA(0.96)": (BDIA(0.96), lambda s: 0.96**-STEPS),
-    "EDICT": (EDICT(), lambda s: 0.93 ** (-2 * STEPS)),
-    "velocity": (Velocity(), lambda s: 1.0),
+FINITE = {  # solver, error measured here, amplification as documented by s at the nodes: at most
+    "O-BELM": (BELM(), 3.5e-15, lambda s: ((s[0] - s[1]) / (s[-2] - s[-1])) ** 2),  # 38,000
+    "BDIA(0.96)": (BDIA(0.96), 1.0e-15, lambda s: 0.96**-STEPS),  # 2.3
+    "EDICT": (EDICT(), 3.3e-15, lambda s: 0.93 ** (-2 * STEPS)),  # 18
+    "velocity": (Velocity(), 2.7e-16, lambda s: 1.0),
 }
 
 
@@ -307,7 +307,7 @@ def scales(name):
     return np.append(np.sqrt(np.stack([kept, 1 - kept], axis=1)), [[1.0, 0.0]], axis=0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Watched:
     """The network, which notes when it is called and knows nothing at sigma = 0."""
 
@@ -322,7 +322,7 @@ class Watched:
 @each(FINITE, "finite")
 @each({name: name for name in CLEAN}, "name")
 def test_clean_data_are_inverted_and_come_back(name, finite):
-    (path, ts, denoise), (solver, amplification) = CLEAN[name], finite
+    (path, ts, denoise), (solver, measured, amplification) = CLEAN[name], finite
     net = Watched(modes(path).net, [])
     sampler = jd.sampler(jd.Denoiser(path, net), (8,), solver=solver, ts=ts, denoise=denoise)
     x = np.random.default_rng(4).standard_normal(8)
@@ -331,17 +331,17 @@ def test_clean_data_are_inverted_and_come_back(name, finite):
         out = jd.check(call(*args, **kwargs))
         jax.effects_barrier()
         assert len(net.times) == int(out.nfe)
-        assert min(net.times) >= float(ts[-1] if denoise else ts[-2]) > 0
+        assert min(net.times) >= float(ts[-1] if denoise else ts[-2])
         net.times.clear()
         return out
 
     noise = watched(sampler.invert, x)
     back = watched(sampler, None, init=noise)
     again = watched(sampler.invert, back)
-    bound = 10 * 2.0**-52 * amplification(np.divide(*scales(name).T[::-1]))
+    bound = 10 * min(measured, 2.0**-52 * amplification(np.divide(*scales(name).T[::-1])))
     assert error(back.x, x) < bound, error(back.x, x) / bound
     assert error(again.pair, noise.pair) < bound, error(again.pair, noise.pair) / bound
-    assert error(noise.x, x) > 0.5  # it went somewhere
+    assert error(noise.x, x) > 0.05  # it went somewhere
 
 
 @each({name: name for name in CLEAN}, "name")
