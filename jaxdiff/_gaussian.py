@@ -216,16 +216,18 @@ class PairSolve(GridSolve):
         """Make all steps; with `ReversibleAdjoint`, in a loop whose derivative keeps no states."""
         if not isinstance(self.adjoint, ReversibleAdjoint):
             return super().run(model, key, cond, init, nudges)
-        state, n = self.init(model, key, cond, init), self.begins(init)
+        n = self.begins(init)
         rows, ts = jax.tree.map(lambda a: jnp.asarray(a)[n:], (self.solver.rows, self.ts))
-        pair = state.y
-        if not isinstance(init, Inverted):  # in numbers, of which there are derivatives
+        if isinstance(init, Inverted):
+            pair = init.pair[0], init.pair[1]
+        else:  # in numbers, of which there are derivatives
             x = self._begin(model, key, init)
             pair = self.solver.smooth.depart(jax.tree.map(lambda a: a[0], rows), x)
         pair, numbers = travel(self.solver, model, cond, rows, ts, pair)
         nfe = self.cost(self.steps) - self.cost(n)
         x = (numbers[0] / rows.c1[-1]).astype(self.start.dtype)
-        return self._settle(*self._clean(model, x, nfe, cond), state._replace(y=pair))
+        state = State(pair, None, SUCCESS, nfe)
+        return self._settle(*self._clean(model, x, nfe, cond), state)
 
     def pack(self, x: Array, state: State) -> tuple[Array, dict[str, Array]]:
         """Hand out the pair, from which `invert` goes back."""

@@ -21,22 +21,23 @@ auto = jax.sharding.AxisType.Auto
 mesh = jax.make_mesh((4,), ("batch",), axis_types=(auto,))
 vp = jd.process.VP()
 mixture = jd.exact.mixture(vp, [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], 0.04)
-task = dict(num=16, solver=jd.solvers.DDIM(eta=1.0), ts=vp.grid(10, "logsnr"))
-out = shard.sample(mesh, jax.random.key(0), mixture, (2,), **task)
+ts, key = vp.grid(10, "logsnr"), jax.random.key(0)
+sampler = jd.sampler(mixture, (2,), solver=jd.solvers.DDIM(eta=1.0), ts=ts)
+out = jd.sample(key, sampler, num=16, on=mesh)
 assert not out.x.is_fully_addressable
 if mode == "killed" and jax.process_index() == 1:
     (folder / "killed").touch()
     os.kill(os.getpid(), signal.SIGKILL)
-x = shard.gather(out).x
+x = jd.gather(out).x
 assert x.shape == (16, 2)
 
 both = jax.make_mesh((2, 2), ("batch", "data"), axis_types=(auto, auto))
 data = np.random.default_rng(0).normal(size=(101, 2)).astype(np.float32)
-oracle = shard.empirical(both, vp, data, chunk=8)
-task |= dict(num=4, solver=jd.solvers.DPMpp2M())
-memoriser = shard.gather(shard.sample(both, jax.random.key(0), oracle, (2,), **task)).x
-shard.sample_to(
-    folder / "files", jax.random.key(0), mixture, (2,), per_file=2, **task, progress=False
-)
+over = jax.NamedSharding(both, jax.P("data"))
+oracle = shard.empirical(vp, data, on=over, chunk=8)
+fast = jd.sampler(oracle, (2,), solver=jd.solvers.DPMpp2M(), ts=ts)
+memoriser = jd.gather(jd.sample(key, fast, num=4, on=both)).x
+fast = jd.sampler(mixture, (2,), solver=jd.solvers.DPMpp2M(), ts=ts)
+jd.sample_to(folder / "files", key, fast, num=4, per_file=2, progress=False)
 if jax.process_index() == 0:
     np.savez(folder / "made.npz", x=x, memoriser=memoriser)

@@ -10,10 +10,12 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from helpers import PROCESSES
+from helpers import DETERMINISTIC, PROCESSES, each
 
 import jaxdiff as jd
+from jaxdiff import solvers
 from jaxdiff.adjoint import continuous_gradient, guide, optimise_noise, terminal_gradient
+from jaxdiff.adjoint.pullback import WithCov, pullback
 from jaxdiff.fisher import posterior_cov
 from jaxdiff.fisher.heads import ExactTrace, Hutchinson
 from jaxdiff.solvers import DDIM
@@ -39,14 +41,13 @@ def law(kind, path):
     return jd.exact.empirical(path, ATOMS)
 
 
-def through_the_sampler(denoiser, ts, x, loss=loss, **kwargs):
-    """Value and gradient by reverse mode through `draw`."""
+def ddim(denoiser, ts=TS, shape=(D,), **kwargs):
+    return jd.sampler(denoiser, shape, **{"solver": DDIM(), **kwargs}, ts=ts)
 
-    def end(x):
-        out = jd.draw(None, denoiser, x.shape, ts=ts, init=x, **{"solver": DDIM(), **kwargs})
-        return loss(out.x)
 
-    return jax.value_and_grad(end)(jnp.asarray(x))
+def through_the_sampler(sampler, x, loss=loss, cond=None, key=None):
+    """Value and gradient by reverse mode through a call of the sampler."""
+    return jax.value_and_grad(lambda x: loss(sampler(key, cond, x).x))(jnp.asarray(x))
 
 
 def relative(a, b):
@@ -75,10 +76,11 @@ def test_it_is_the_gradient_of_the_sampler(name, kind, steps, ends):
     path = PROCESSES[name]
     denoiser, ts = law(kind, path), path.grid(steps, **ends)
     x = float(path.sigma(ts[0])) * X_T
-    value, grad = through_the_sampler(denoiser, ts, x)
+    sampler = ddim(denoiser, ts)
+    value, grad = through_the_sampler(sampler, x)
     assert np.linalg.norm(grad) > 1e-8
     for cov, tolerance in (("vjp", 1e-10), ("jvp", 1e-10), ("exact", 1e-10), ("fd", 1e-5)):
-        out = terminal_gradient(denoiser, loss, x, ts=ts, cov=cov)
+        out = terminal_gradient(sampler, loss, x, cov=cov)
         np.testing.assert_allclose(out.value, value, rtol=1e-12)
         assert relative(out.grad, grad) < tolerance, cov
         assert cosine(out.grad, grad) > 0.99999
@@ -88,39 +90,38 @@ def test_it_is_the_gradient_of_the_sampler(name, kind, steps, ends):
 def test_on_a_gaussian_every_factor_is_known():
     """Each step multiplies by decay + gain alpha v / (alpha^2 v + sigma^2)."""
     v = 0.3
-    denoiser = jd.exact.gaussian(VP, np.zeros(D), v)
+    sampler = ddim(jd.exact.gaussian(VP, np.zeros(D), v))
     alpha, sigma = (np.array([float(f(t)) for t in TS]) for f in (VP.alpha, VP.sigma))
     decay = sigma[1:] / sigma[:-1]
     slope = alpha * v / (alpha**2 * v + sigma**2)
     factor = np.prod(decay + (alpha[1:] - alpha[:-1] * decay) * slope[:-1])
     grad = factor * W * np.cos(factor * X_T)
     for cov in ("vjp", "jvp", "fd", "exact", "isotropic", "gated"):
-        out = terminal_gradient(denoiser, loss, X_T, ts=TS, cov=cov)
+        out = terminal_gradient(sampler, loss, X_T, cov=cov)
         if cov == "gated":  # its endpoint term turns the gradient a little where sigma is large
             assert 0.9 < cosine(out.grad, grad) < 1 - 1e-6
             continue
         np.testing.assert_allclose(out.grad, grad, rtol=1e-5 if cov == "fd" else 1e-11)
-    out = terminal_gradient(denoiser, loss, X_T, ts=TS, cov="none")
+    out = terminal_gradient(sampler, loss, X_T, cov="none")
     np.testing.assert_allclose(out.grad, sigma[-1] / sigma[0] * W * np.cos(factor * X_T))
 
 
 def test_a_network_is_not_symmetric_and_only_reverse_mode_is_its_gradient():
-    value, grad = through_the_sampler(NETWORK, TS, X_T)
-    out = terminal_gradient(NETWORK, loss, X_T, ts=TS)
+    sampler = ddim(NETWORK)
+    value, grad = through_the_sampler(sampler, X_T)
+    out = terminal_gradient(sampler, loss, X_T)
     np.testing.assert_allclose(out.value, value, rtol=1e-12)
     assert relative(out.grad, grad) < 1e-12
-    forward = terminal_gradient(NETWORK, loss, X_T, ts=TS, cov="jvp")
+    forward = terminal_gradient(sampler, loss, X_T, cov="jvp")
     assert relative(forward.grad, grad) > 1e-2
-    by_difference = terminal_gradient(NETWORK, loss, X_T, ts=TS, cov="fd")
+    by_difference = terminal_gradient(sampler, loss, X_T, cov="fd")
     assert relative(by_difference.grad, forward.grad) < 1e-5
 
 
 @pytest.mark.parametrize("denoise", [False, True])
 def test_the_gradient_at_every_state(denoise):
-    out = terminal_gradient(MIX, loss, X_T, ts=TS, trajectory=True, denoise=denoise)
-    drawn = jd.draw(
-        None, MIX, (D,), solver=DDIM(), ts=TS, init=X_T, trajectory=True, denoise=denoise
-    )
+    out = terminal_gradient(ddim(MIX, denoise=denoise), loss, X_T, trajectory=True)
+    drawn = ddim(MIX, trajectory=True, denoise=denoise)(None, init=X_T)
     states = out.sample.aux["trajectory"]
     np.testing.assert_allclose(states, drawn.aux["trajectory"], rtol=1e-12)
     np.testing.assert_array_equal(out.sample.aux["ts"], drawn.aux["ts"])
@@ -128,12 +129,12 @@ def test_the_gradient_at_every_state(denoise):
     assert out.grads.shape == states.shape and int(out.sample.nfe) == int(drawn.nfe)
     np.testing.assert_array_equal(out.grads[0], out.grad)
     np.testing.assert_allclose(out.grads[-1], W * np.cos(drawn.x), rtol=1e-12)
-    middle = through_the_sampler(MIX, TS[12:], states[12], denoise=denoise)[1]
+    middle = through_the_sampler(ddim(MIX, TS[12:], denoise=denoise), states[12])[1]
     np.testing.assert_allclose(out.grads[12], middle, rtol=1e-9)
 
 
 def test_a_model_of_the_users_own_sees_m_and_the_end_point():
-    run = functools.partial(terminal_gradient, MIX, loss, X_T, ts=TS)
+    run = functools.partial(terminal_gradient, ddim(MIX), loss, X_T)
     known = run(cov=lambda t, x, m, y: posterior_cov(MIX, t, x))
     np.testing.assert_allclose(known.grad, run(cov="exact").grad, rtol=1e-12)
 
@@ -151,7 +152,7 @@ def test_a_model_of_the_users_own_sees_m_and_the_end_point():
 
 
 def test_an_estimated_trace():
-    run = functools.partial(terminal_gradient, MIX, loss, X_T, ts=TS, cov="isotropic")
+    run = functools.partial(terminal_gradient, ddim(MIX), loss, X_T, cov="isotropic")
     exactly, known = run(), run(trace=ExactTrace())
     np.testing.assert_array_equal(exactly.grad, known.grad)
     estimate = jax.vmap(lambda k: run(trace=Hutchinson(), key=k).grad)(
@@ -183,11 +184,11 @@ def test_the_worth_of_every_model(kind):
     else:
         denoiser = jd.exact.mixture(VP, np.ones(8), rng.normal(size=(8, 16)), 0.01)
     xs, vs = rng.normal(size=(2, 64, 16))
-    ts = VP.grid(50)
+    sampler = ddim(denoiser, VP.grid(50), (16,))
 
     def gradients(cov):
         one = lambda x, v: terminal_gradient(  # noqa: E731
-            denoiser, lambda y: jnp.sum(y * v), x, ts=ts, cov=cov
+            sampler, lambda y: jnp.sum(y * v), x, cov=cov
         )
         return jax.vmap(one)(xs, vs).grad
 
@@ -199,6 +200,61 @@ def test_the_worth_of_every_model(kind):
         ratio = np.median(np.log10(norm(grad) / norm(truth)))
         assert low < angle < high + 1e-9, (cov, angle)
         assert shorter < ratio < longer, (cov, ratio)
+
+
+# --- Any sampler. ---
+
+FAST = VP.grid(8, "logsnr")
+ANY = {name: row[0] for name, row in DETERMINISTIC.items()}
+ANY |= {"Heun of diffrax": dfx.Heun(), "Tsit5 of diffrax": dfx.Tsit5()}
+
+
+@each(ANY, "solver")
+def test_it_is_the_gradient_of_any_solver(solver):
+    """Of a network that is not symmetric."""
+    sampler = ddim(NETWORK, FAST, solver=solver)
+    value, grad = through_the_sampler(sampler, X_T)
+    assert np.linalg.norm(grad) > 1e-3
+    out = terminal_gradient(sampler, loss, X_T)
+    np.testing.assert_allclose(out.value, value, rtol=1e-12)
+    assert relative(out.grad, grad) < 1e-10
+
+
+SOME = ("DPMpp2M", "UniPC(2, eps)", "DEIS(2, t)", "Heun", "RK(midpoint, t)", "Tsit5 of diffrax")
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("cov", ["jvp", "exact"])
+def test_so_it_is_by_products_forward_and_closed_where_the_jacobian_is_symmetric(name, cov):
+    sampler = ddim(MIX, FAST, solver=ANY[name])
+    value, grad = through_the_sampler(sampler, X_T)
+    out = terminal_gradient(sampler, loss, X_T, cov=cov)
+    np.testing.assert_allclose(out.value, value, rtol=1e-12)
+    assert relative(out.grad, grad) < 1e-10
+
+
+def test_of_a_stochastic_sampler_with_its_noise():
+    key, sampler = jax.random.key(3), ddim(MIX, FAST, solver=DDIM(eta=1.0))
+    value, grad = through_the_sampler(sampler, X_T, key=key)
+    for cov in ("vjp", "jvp", "exact"):
+        out = terminal_gradient(sampler, loss, X_T, cov=cov, key=key)
+        np.testing.assert_allclose(out.value, value, rtol=1e-12)
+        assert relative(out.grad, grad) < 1e-10, cov
+    other = terminal_gradient(sampler, loss, X_T, key=jax.random.key(4))
+    assert relative(other.grad, grad) > 1e-2
+
+
+def test_a_denoiser_with_another_covariance_has_its_own_values():
+    for cov in ("vjp", "jvp", "exact", "isotropic", "centred"):
+        tilted = WithCov(MIX, pullback("test", MIX, cov, None, None), jnp.zeros(D))
+        for t in (0.1, 0.6):
+            for one, other in zip(tilted.pair(t, X_T), MIX.pair(t, X_T), strict=True):
+                np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(tilted(t, X_T), MIX(t, X_T))
+    flat = jax.grad(lambda x: jnp.sum(tilted(0.5, x)))(jnp.asarray(X_T))
+    m = np.asarray(MIX(0.5, X_T))
+    alpha, sigma = float(VP.alpha(0.5)), float(VP.sigma(0.5))
+    np.testing.assert_allclose(flat, alpha / sigma**2 * m * m.sum(), rtol=1e-12)  # y = 0
 
 
 # --- The continuous adjoint. ---
@@ -217,7 +273,7 @@ def test_the_continuous_adjoint_is_the_gradient_of_the_ode(name, kind, ends):
     denoiser, ts = law(kind, path), np.array(ends)
     x = float(path.sigma(ts[0])) * X_T
     tight = dict(solver=dfx.Dopri8(), controller=dfx.PIDController(1e-10, 1e-10))
-    value, grad = through_the_sampler(denoiser, ts, x, **tight)
+    value, grad = through_the_sampler(ddim(denoiser, ts, **tight), x)
     for cov in ("vjp", "exact") if kind == "dirac" else ("vjp",):
         out = continuous_gradient(denoiser, loss, x, ts=ts, cov=cov, **tight)
         np.testing.assert_allclose(out.value, value, rtol=1e-9)
@@ -226,8 +282,8 @@ def test_the_continuous_adjoint_is_the_gradient_of_the_ode(name, kind, ends):
     nodes = path.grid(50, "logsnr", t_start=ts[0], t_end=ts[-1])
     coarse = continuous_gradient(denoiser, loss, x, ts=nodes)
     assert 1e-12 < relative(coarse.grad, grad) < 1e-4
-    ddim = terminal_gradient(denoiser, loss, x, ts=nodes)
-    assert relative(ddim.grad, grad) > 1e-3  # which is the gradient of another map
+    steps = terminal_gradient(ddim(denoiser, nodes), loss, x)
+    assert relative(steps.grad, grad) > 1e-3  # which is the gradient of another map
 
 
 def test_the_continuous_adjoint_of_a_gaussian_in_closed_form():
@@ -250,7 +306,7 @@ def test_a_failed_solve_says_so():
     with pytest.raises(RuntimeError, match="maximum number of solver steps"):
         jd.check(out.sample)
     poles = jd.Denoiser(VP, lambda t, x, cond: x / 0.0)
-    out = terminal_gradient(poles, loss, X_T, ts=TS)
+    out = terminal_gradient(ddim(poles), loss, X_T)
     assert np.isnan(out.grad).all()
     with pytest.raises(RuntimeError, match="1 of 1 samples failed"):
         jd.check(out.sample)
@@ -273,7 +329,7 @@ def test_memory_is_the_states_or_flat():
         return program.memory_analysis().temp_size_in_bytes
 
     def discrete(x, n, cov):
-        return terminal_gradient(denoiser, loss_of_all, x, ts=VP.grid(n), cov=cov).grad
+        return terminal_gradient(ddim(denoiser, VP.grid(n), (d,)), loss_of_all, x, cov=cov).grad
 
     def continuous(x, n):
         return continuous_gradient(denoiser, loss_of_all, x, ts=VP.grid(n)).grad
@@ -301,7 +357,78 @@ def test_memory_is_the_states_or_flat():
     assert growth(jax.grad(tape)) > width * 8
 
 
+@pytest.mark.parametrize(
+    "solver", [solvers.SymmetricLeapfrog(), solvers.BELM(), solvers.EDICT()], ids=repr
+)
+def test_a_reversible_solver_keeps_no_states(solver):
+    d = 64
+    denoiser = jd.exact.gaussian(VP, jnp.zeros(d), 0.3)
+
+    def temporary(n):
+        sampler = ddim(denoiser, VP.grid(n, "logsnr"), (d,), solver=solver)
+        fn = lambda x: terminal_gradient(sampler, lambda y: jnp.sum(y**2), x).grad  # noqa: E731
+        program = jax.jit(fn).lower(jnp.ones(d)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    # 190 more steps have rows of at most 16 numbers each, but not one state of 64
+    assert temporary(200) - temporary(10) < 190 * 16 * 8
+
+
 # --- Guidance. ---
+
+TARGET = MEANS[0]
+
+
+def towards(y):
+    return jnp.sum((y - TARGET) ** 2)
+
+
+STEERED = {"DPMpp2M": solvers.DPMpp2M(), "Heun": solvers.Heun()}
+
+
+@each(STEERED, "solver")
+def test_noise_is_optimised_as_by_hand(solver):
+    sampler, adam = ddim(MIX, FAST, solver=solver), optax.adam(0.05)
+    out = optimise_noise(sampler, towards, X_T, optimiser=adam, steps=4)
+    x, losses = jnp.asarray(X_T), []
+    state = adam.init(x)
+    for _ in range(4):
+        value, grad = through_the_sampler(sampler, x, towards)
+        update, state = adam.update(grad, state, x)
+        x, losses = x + update, [*losses, value]
+    np.testing.assert_allclose(out.x_T, x, rtol=1e-10)
+    np.testing.assert_allclose(out.losses[:-1], losses, rtol=1e-10)
+    np.testing.assert_allclose(out.losses[-1], towards(sampler(None, init=x).x), rtol=1e-10)
+
+
+def test_an_optimiser_that_searches_along_a_line_gets_what_it_asks_for():
+    sampler = ddim(jd.exact.gaussian(VP, np.zeros(D), np.diag(np.geomspace(0.01, 4, D))), FAST)
+    run = functools.partial(optimise_noise, sampler, towards, X_T, steps=8)
+    first, *_, by_search = run(optimiser=optax.lbfgs()).losses
+    by_sgd = min(run(optimiser=optax.sgd(rate)).losses[-1] for rate in (0.01, 0.1))
+    assert by_search < 0.5 * by_sgd < 0.5 * first
+
+
+@each(STEERED, "solver")
+def test_guidance_of_other_solvers_is_the_loop_by_hand(solver):
+    eta, ts = 0.05, VP.grid(5)
+    sampler = ddim(MIX, ts, solver=solver)
+    out = guide(sampler, loss, X_T, window=(ts[1], ts[2]), step_size=eta)
+    state = sampler.init(None, init=X_T)
+    for n in range(5):
+        if 1 <= n <= 2:
+
+            def rest(x, n=n, state=state):
+                state = sampler.replace(n, state, x)
+                for k in range(n, 5):
+                    state = sampler.step(k, None, state)
+                return loss(sampler.finish(None, state).x)
+
+            x = sampler.x(n, state)
+            state = sampler.replace(n, state, x - eta * jax.grad(rest)(x))
+        state = sampler.step(n, None, state)
+    np.testing.assert_allclose(out.x, sampler.finish(None, state).x, rtol=1e-10)
+    assert loss(out.x) < loss(sampler(None, init=X_T).x)
 
 
 @pytest.mark.parametrize("project", [None, "sphere"])
@@ -309,26 +436,25 @@ def test_optimised_noise_leads_to_the_target(project):
     d = 16
     means = np.random.default_rng(4).normal(size=(4, d))
     denoiser = jd.exact.mixture(VP, np.ones(4), means, 0.01)
-    ts, x = VP.grid(20), np.random.default_rng(3).normal(size=d)
-    first = jd.draw(None, denoiser, (d,), solver=DDIM(), ts=ts, init=x).x
+    sampler, x = ddim(denoiser, shape=(d,)), np.random.default_rng(3).normal(size=d)
+    first = sampler(None, init=x).x
     distance = np.linalg.norm(means - first[None], axis=1)
     target = means[np.argsort(distance)[1]]  # not the mode that the noise leads to
     out = optimise_noise(
-        denoiser,
+        sampler,
         lambda y: jnp.mean((y - target) ** 2),
         x,
-        ts=ts,
         optimiser=optax.adam(0.1),
         steps=60,
         project=project,
     )
     jd.check(out.sample)
     assert out.losses.shape == (61,)
-    radius = float(VP.sigma(ts[0])) * np.sqrt(d)
+    radius = float(VP.sigma(TS[0])) * np.sqrt(d)
     start = x * radius / np.linalg.norm(x) if project else x
-    begun = jd.draw(None, denoiser, (d,), solver=DDIM(), ts=ts, init=start).x
+    begun = sampler(None, init=start).x
     np.testing.assert_allclose(out.losses[0], np.mean((begun - target) ** 2), rtol=1e-9)
-    drawn = jd.draw(None, denoiser, (d,), solver=DDIM(), ts=ts, init=out.x_T)
+    drawn = sampler(None, init=out.x_T)
     np.testing.assert_allclose(out.sample.x, drawn.x, rtol=1e-9)
     np.testing.assert_allclose(out.losses[-1], np.mean((drawn.x - target) ** 2), rtol=1e-9)
     assert out.losses[0] > 0.3 and out.losses[-1] < 0.02  # within the mode, of variance 0.01
@@ -337,8 +463,8 @@ def test_optimised_noise_leads_to_the_target(project):
 
 
 def test_an_update_is_that_of_the_optimiser():
-    grad = terminal_gradient(MIX, loss, X_T, ts=TS, cov="jvp").grad
-    run = functools.partial(optimise_noise, MIX, loss, X_T, ts=TS, steps=1, cov="jvp")
+    grad = terminal_gradient(ddim(MIX), loss, X_T, cov="jvp").grad
+    run = functools.partial(optimise_noise, ddim(MIX), loss, X_T, steps=1, cov="jvp")
     out = run(optimiser=optax.sgd(0.7))
     np.testing.assert_allclose(out.x_T, X_T - 0.7 * grad, rtol=1e-12)
     out = run(optimiser=optax.sgd(0.7), normalise=True)
@@ -347,16 +473,16 @@ def test_an_update_is_that_of_the_optimiser():
 
 def test_guidance_inside_a_window_is_the_loop_by_hand():
     ts, eta = VP.grid(5), 0.3
-    out = guide(MIX, loss, X_T, ts=ts, window=(ts[1], ts[2]), step_size=eta, repeats=2)
+    out = guide(ddim(MIX, ts), loss, X_T, window=(ts[1], ts[2]), step_size=eta, repeats=2)
     x = jnp.asarray(X_T)
     for i in range(5):
         for _ in range(2 * (1 <= i <= 2)):
-            x = x - eta * through_the_sampler(MIX, ts[i:], x)[1]
-        x = jd.draw(None, MIX, (D,), solver=DDIM(), ts=ts[i : i + 2], init=x).x
+            x = x - eta * through_the_sampler(ddim(MIX, ts[i:]), x)[1]
+        x = ddim(MIX, ts[i : i + 2])(None, init=x).x
     np.testing.assert_allclose(out.x, x, rtol=1e-10)
     assert int(out.nfe) == 5 + 2 * (4 + 3)
-    plain = jd.draw(None, MIX, (D,), solver=DDIM(), ts=ts, init=X_T).x
-    none = guide(MIX, loss, X_T, ts=ts, window=(0.5 * ts[-1], 0.0), step_size=eta)
+    plain = ddim(MIX, ts)(None, init=X_T).x
+    none = guide(ddim(MIX, ts), loss, X_T, window=(0.5 * ts[-1], 0.0), step_size=eta)
     np.testing.assert_allclose(none.x, plain, rtol=1e-12)
     assert loss(out.x) < loss(plain)
 
@@ -366,7 +492,7 @@ def test_guidance_inside_a_window_is_the_loop_by_hand():
 
 def test_the_value_may_be_differentiated():
     def value(x, net):
-        return terminal_gradient(jd.Denoiser(VP, net), loss, x, ts=TS).value
+        return terminal_gradient(ddim(jd.Denoiser(VP, net)), loss, x).value
 
     class Net(eqx.Module):
         w: jax.Array
@@ -376,7 +502,8 @@ def test_the_value_may_be_differentiated():
 
     net = Net(jnp.asarray(MIXER))
     by_x, by_net = jax.grad(value, argnums=(0, 1))(jnp.asarray(X_T), net)
-    np.testing.assert_allclose(by_x, terminal_gradient(NETWORK, loss, X_T, ts=TS).grad, rtol=1e-10)
+    want = terminal_gradient(ddim(NETWORK), loss, X_T).grad
+    np.testing.assert_allclose(by_x, want, rtol=1e-10)
     e = np.random.default_rng(1).normal(size=(D, D))
     ends = [value(jnp.asarray(X_T), Net(MIXER + h * e)) for h in (1e-5, -1e-5)]
     np.testing.assert_allclose(np.sum(by_net.w * e), (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
@@ -390,29 +517,33 @@ def test_images_conditions_and_batches():
     denoiser = jd.Denoiser(VP, network)
     xs, shifts = RNG.normal(size=(3, 2, 3)), RNG.normal(size=3)
 
-    def run(x, shift, cov, fn=terminal_gradient):
-        return fn(denoiser, loss, x, ts=TS, cov=cov, cond={"shift": shift})
+    sampler = ddim(denoiser, shape=(2, 3))
+
+    def run(x, shift, cov, fn=functools.partial(terminal_gradient, sampler)):
+        return fn(loss, x, cov=cov, cond={"shift": shift})
 
     for cov in ("fd", "gated"):
         many = jax.jit(jax.vmap(functools.partial(run, cov=cov)))(xs, shifts)
         assert many.grad.shape == (3, 2, 3) and np.isfinite(many.grad).all(), cov
     many = jax.vmap(functools.partial(run, cov="vjp"))(xs, shifts)
-    one = through_the_sampler(denoiser, TS, xs[1], cond={"shift": shifts[1]})
+    one = through_the_sampler(sampler, xs[1], cond={"shift": shifts[1]})
     np.testing.assert_allclose(many.value[1], one[0], rtol=1e-12)
     np.testing.assert_allclose(many.grad[1], one[1], rtol=1e-10)
-    continuous = jax.vmap(functools.partial(run, cov="vjp", fn=continuous_gradient))(xs, shifts)
+    ode = functools.partial(continuous_gradient, denoiser, ts=TS)
+    continuous = jax.vmap(functools.partial(run, cov="vjp", fn=ode))(xs, shifts)
     assert continuous.grad.shape == (3, 2, 3)
 
 
 def test_float32_stays_float32_and_near_float64():
-    wide = terminal_gradient(MIX, loss, X_T, ts=TS).grad
-    narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (MIX, X_T))
+    wide = terminal_gradient(ddim(MIX), loss, X_T).grad
+    low, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (MIX, X_T))
+    sampler = ddim(low, dtype=jnp.float32)
     for cov, tolerance in (("vjp", 1e-4), ("exact", 1e-4), ("fd", 2e-2)):
-        out = terminal_gradient(narrow[0], loss, narrow[1], ts=TS, cov=cov, trajectory=True)
+        out = terminal_gradient(sampler, loss, x, cov=cov, trajectory=True)
         assert {out.grad.dtype, out.grads.dtype, out.sample.x.dtype} == {jnp.dtype("float32")}
         assert relative(out.grad, wide) < tolerance, cov
-    moved = optimise_noise(narrow[0], loss, narrow[1], ts=TS, optimiser=optax.sgd(0.1), steps=2)
-    guided = guide(narrow[0], loss, narrow[1], ts=TS, window=(0.9, 0.5), step_size=0.1)
+    moved = optimise_noise(sampler, loss, x, optimiser=optax.sgd(0.1), steps=2)
+    guided = guide(sampler, loss, x, window=(0.9, 0.5), step_size=0.1)
     assert moved.x_T.dtype == guided.x.dtype == jnp.float32
 
 
@@ -436,11 +567,17 @@ class _Counter(list):
 def test_nothing_is_traced_twice():
     traces = _Counter()
     sgd = optax.sgd(0.1)
+
+    def of_a_sampler(call, **options):
+        return lambda denoiser, *args, ts, cond: call(
+            ddim(denoiser, ts), *args, cond=cond, **options
+        )
+
     calls = [
-        terminal_gradient,
+        of_a_sampler(terminal_gradient),
         continuous_gradient,
-        functools.partial(optimise_noise, optimiser=sgd, steps=2),
-        functools.partial(guide, window=(0.9, 0.5), step_size=0.1),
+        of_a_sampler(optimise_noise, optimiser=sgd, steps=2),
+        of_a_sampler(guide, window=(0.9, 0.5), step_size=0.1),
     ]
     for call in calls:
         for scale in (1.0, 0.9):
@@ -455,23 +592,28 @@ def test_nothing_is_traced_twice():
 
 
 def test_errors(as_users_see_it):
-    run = functools.partial(terminal_gradient, NETWORK, loss, X_T, ts=TS)
+    run = functools.partial(terminal_gradient, ddim(NETWORK), loss, X_T)
     go = functools.partial(continuous_gradient, NETWORK, loss, X_T, ts=TS)
     sgd = optax.sgd(0.1)
-    better = functools.partial(optimise_noise, NETWORK, loss, X_T, ts=TS)
-    inside = functools.partial(guide, NETWORK, loss, X_T, ts=TS, step_size=0.1)
+    better = functools.partial(optimise_noise, ddim(NETWORK), loss, X_T)
+    inside = functools.partial(guide, ddim(NETWORK), loss, X_T, step_size=0.1)
     straight = jd.Denoiser(PROCESSES["Rectified"], lambda t, x, cond: x)
     for call, said in [
         (lambda: run(cov="exact"), "terminal_gradient: cov must be 'vjp', 'jvp' or 'fd'"),
         (lambda: run(cov="hessian"), "cov must be one of 'vjp', 'jvp'.*got 'hessian'"),
-        (lambda: run(ts=TS[::-1]), "terminal_gradient: ts must be strictly decreasing"),
+        (lambda: go(ts=TS[::-1]), "continuous_gradient: ts must be strictly decreasing"),
         (lambda: run(trace=ExactTrace()), "trace must be left out for cov='vjp'"),
         (lambda: run(cov="isotropic", trace=3), "trace must be a trace estimator"),
         (lambda: run(cov="isotropic", trace=Hutchinson()), "terminal_gradient: key must be a key"),
-        (lambda: terminal_gradient(loss, loss, X_T, ts=TS), "denoiser must be a jaxdiff denoiser"),
-        (lambda: terminal_gradient(NETWORK, 1.0, X_T, ts=TS), "loss must be callable"),
+        (lambda: terminal_gradient(loss, loss, X_T), "sampler must be one of a denoiser"),
+        (lambda: continuous_gradient(loss, loss, X_T, ts=TS), "denoiser must be a jaxdiff"),
         (
-            lambda: terminal_gradient(NETWORK, jnp.sin, X_T, ts=TS),
+            lambda: terminal_gradient(ddim(NETWORK), loss, X_T[:2]),
+            r"must be of shape \(6,\), got shape \(2,\)",
+        ),
+        (lambda: terminal_gradient(ddim(NETWORK), 1.0, X_T), "loss must be callable"),
+        (
+            lambda: terminal_gradient(ddim(NETWORK), jnp.sin, X_T),
             r"one floating number, \(\), got float64\[6\]",
         ),
         (lambda: go(solver=DDIM()), "continuous_gradient: solver must be a diffrax ODE solver"),

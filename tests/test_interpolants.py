@@ -13,7 +13,7 @@ import scipy.stats
 from helpers import each
 
 import jaxdiff as jd
-from jaxdiff import exact, interpolants
+from jaxdiff import exact
 from jaxdiff._keys import SOLVER, stream
 from jaxdiff.interpolants import Interpolant, Model, as_process, bridge
 from jaxdiff.solvers.terms import GridBrownian
@@ -117,8 +117,8 @@ def test_the_ode_is_the_quantile_flow_and_heun_has_order_two():
     model, x1 = Exact(bridge(), DATA, BASE).model(), np.linspace(-3.5, 3.0, 9)[:, None]
     levels, errors = cdf(BASE, x1), []
     for n in (64, 256):
-        options = dict(num=9, solver=dfx.Heun(), ts=np.linspace(1, 0, n + 1), init=x1)
-        out = interpolants.sample(None, model, (1,), **options)
+        sampler = jd.sampler(model, (1,), solver=dfx.Heun(), ts=np.linspace(1, 0, n + 1))
+        out = jd.sample(None, sampler, num=9, init=x1)
         assert int(out.nfe[0]) == 2 * n
         errors.append(np.sqrt(np.mean((cdf(DATA, out.x) - levels) ** 2)))
     assert 1.8 < np.log2(errors[0] / errors[1]) / 2 < 2.6 and errors[1] < 1e-4
@@ -144,8 +144,8 @@ def test_every_diffusion_keeps_the_law_to_the_weak_order(case):
 
     @functools.partial(quick, static_argnums=1)
     def end(level, n):
-        options = dict(num=n + 6, solver=solver, ts=np.linspace(1, 0, n + 1))
-        return interpolants.sample(KEY, model, (1,), diffusion=Diffusion(level), **options).x[:, 0]
+        options = dict(solver=solver, ts=np.linspace(1, 0, n + 1), diffusion=Diffusion(level))
+        return jd.sample(KEY, jd.sampler(model, (1,), **options), num=n + 6).x[:, 0]
 
     for level in (0.5, 2.0):
         errors = []
@@ -167,10 +167,11 @@ def test_every_diffusion_has_the_marginals_of_the_bridge():
     ts = 0.5 + 0.5 * np.cos(np.linspace(0, np.pi, steps + 1))  # gamma bends at the ends
     xs = np.linspace(-8, 8, 4001)
     density = jax.jit(jax.vmap(lambda t, x: jnp.exp(truth(t, x)[2]), (None, 0)))
-    options = dict(num=n, solver=dfx.Heun(), ts=ts, init=x1, trajectory=True)
+    options = dict(solver=dfx.Heun(), ts=ts, trajectory=True)
     for level in (0.0, 0.5, 2.0):
         e = 0.0 if level == 0 else Diffusion(jnp.asarray(level))
-        out = interpolants.sample(KEY, truth.model(), (1,), diffusion=e, **options)
+        sampler = jd.sampler(truth.model(), (1,), diffusion=e, **options)
+        out = jd.sample(KEY, sampler, num=n, init=x1)
         for node in (steps // 2, steps):
             x = np.asarray(out.aux["trajectory"])[:, node, 0]
             weights = density(ts[node], xs) * (xs[1] - xs[0])
@@ -185,11 +186,11 @@ def test_keys_chunks_conditions_and_slopes():
     model = Model(bridge("linear", "sqrt"), *nets, base=jax.random.normal)
     shift, ts = np.random.default_rng(2).standard_normal((7, 2, 3)), np.linspace(0.95, 0.05, 5)
     options = dict(ts=ts, solver=dfx.Euler(), diffusion=0.3, trajectory=True)
+    sampler = jd.sampler(model, (2, 3), **options)
     shift[6] = np.nan  # the other samples do not notice
 
     def many(rows, num, **more):
-        more |= dict(num=num, cond={"shift": shift[rows]})
-        return interpolants.sample(KEY, model, (2, 3), **options, **more)
+        return jd.sample(KEY, sampler, num=num, cond={"shift": shift[rows]}, **more)
 
     out = many(slice(None), 7, chunk=3)
     assert out.aux["trajectory"].shape == (7, 5, 2, 3) and out.nfe.tolist() == [4] * 7
@@ -200,7 +201,7 @@ def test_keys_chunks_conditions_and_slopes():
     @quick
     @functools.partial(jax.value_and_grad, has_aux=True)
     def go(s):
-        one = interpolants.draw(own, model, (2, 3), cond={"shift": s}, **options)
+        one = sampler(own, {"shift": s})
         return one.x.sum(), one
 
     ((_, one), slope), x1 = go(shift[4]), np.asarray(out.aux["trajectory"][4, 0])
@@ -221,8 +222,9 @@ TS, zero = np.linspace(1, 0, 5), lambda t, x, cond: 0 * x
 NETS = Model(bridge("linear", "sqrt"), zero, zero, base=jax.random.normal)
 
 
-def run(model=NETS, shape=(1,), ts=TS, solver=None, key=KEY, **more):
-    return interpolants.sample(key, model, shape, num=2, ts=ts, solver=solver or dfx.Heun(), **more)
+def run(model=NETS, ts=TS, solver=None, diffusion=None, **more):
+    sampler = jd.sampler(model, (1,), ts=ts, solver=solver or dfx.Heun(), diffusion=diffusion)
+    return jd.sample(KEY, sampler, num=2, **more)
 
 
 ERRORS = {

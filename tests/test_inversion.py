@@ -13,7 +13,7 @@ from helpers import each
 
 import jaxdiff as jd
 from jaxdiff import solvers
-from jaxdiff.inversion import edit, interpolate, invert
+from jaxdiff.inversion import edit, interpolate
 from jaxdiff.solvers import BDIA, BELM, DDIM, EDICT, McCallumFoster, ReversibleAdjoint
 from jaxdiff.solvers import SymmetricLeapfrog as Symmetric
 from jaxdiff.solvers import VelocityLeapfrog as Velocity
@@ -45,6 +45,10 @@ MU, V = np.linspace(0.8, 1.2, 8), np.linspace(0.04, 0.2, 8)
 
 def modes(path, d=8, dtype=DOUBLE):
     return jd.Denoiser(path, Modes(path, *(jnp.asarray(a[:d], dtype) for a in (MU, V))))
+
+
+def sampler_of(path, solver, ts, d=8, dtype=DOUBLE, **options):
+    return jd.sampler(modes(path, d, dtype), (d,), solver=solver, ts=ts, dtype=dtype, **options)
 
 
 # --- The equations. ---
@@ -217,9 +221,9 @@ def test_round_trips(case):
     ts = jd.grids.discrete(STABLE, n + 1, "linspace")
     noise, x = np.random.default_rng(4).standard_normal((2, 8)).astype(dtype)
     noise = noise * np.asarray(STABLE.sigma(ts[0]), dtype)
-    denoiser, kwargs = modes(STABLE, dtype=dtype), dict(solver=solver, ts=ts)
-    draw = functools.partial(jd.draw, None, denoiser, (8,), dtype=dtype, **kwargs)
-    there, inverse = invert(denoiser, draw(init=noise), **kwargs), invert(denoiser, x, **kwargs)
+    sampler = sampler_of(STABLE, solver, ts, dtype=dtype)
+    draw = functools.partial(sampler, None)
+    there, inverse = sampler.invert(draw(init=noise)), sampler.invert(x)
     assert there.x.dtype == dtype and int(inverse.nfe) == solver.cost(n)
     assert error(there.x, noise) < bound and error(draw(init=inverse).x, x) < bound
     assert error(draw(init=inverse.x).x, x) > 1e-3
@@ -227,25 +231,23 @@ def test_round_trips(case):
 
 def test_the_volume_of_pairs():
     """The log-determinant is d times the sum of the logs of q, for any network: it telescopes."""
-    denoiser, kwargs = modes(VP, 3), dict(solver=BELM(), ts=VP.grid(13, "edm"))
-    start = invert(denoiser, jnp.array([0.5, -0.9, 1.3]), **kwargs)
+    sampler = sampler_of(VP, BELM(), VP.grid(13, "edm"), 3)
+    start = sampler.invert(jnp.array([0.5, -0.9, 1.3]))
 
     def move(pair):
-        init = dataclasses.replace(start, pair=pair)
-        return jd.draw(None, denoiser, (3,), init=init, **kwargs).aux["pair"]
+        return sampler(None, init=dataclasses.replace(start, pair=pair)).aux["pair"]
 
     jacobian = jax.jit(jax.jacfwd(move))(start.pair).reshape(6, 6)
-    h = np.diff(np.exp(-np.asarray(jax.vmap(VP.lam)(kwargs["ts"]))))
+    h = np.diff(np.exp(-np.asarray(jax.vmap(VP.lam)(sampler.solve.ts))))
     found, expected = np.linalg.slogdet(jacobian)[1], 3 * 2 * np.log(h[-1] / h[0])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_not_one_bit_is_lost():
     """A thousand steps in float32, through `sample` and `vmap`, both ways."""
-    kwargs = dict(solver=Symmetric(20), ts=VP.grid(1000, "logsnr"))
-    denoiser = modes(VP, dtype=SINGLE)
-    back = eqx.filter_jit(jax.vmap(lambda x: invert(denoiser, x, **kwargs)))
-    again = functools.partial(jd.sample, None, denoiser, (8,), num=4, dtype=SINGLE, **kwargs)
+    sampler = sampler_of(VP, Symmetric(20), VP.grid(1000, "logsnr"), dtype=SINGLE)
+    back = functools.partial(jd.many, sampler.invert)
+    again = functools.partial(jd.sample, None, sampler, num=4)
     noise, x = np.random.default_rng(5).standard_normal((2, 4, 8)).astype(SINGLE)
     made = again(init=noise)
     inverse = back(made)
@@ -261,18 +263,129 @@ def test_not_one_bit_is_lost():
 
 
 def test_out_of_range_fails():
-    kwargs = dict(solver=Velocity(bits=30), ts=VP.grid(5, "logsnr"))
-    inverse = invert(modes(VP), 3 * jnp.ones(8), **kwargs)
-    for failed in (inverse, jd.draw(None, modes(VP), (8,), init=inverse, **kwargs)):
+    sampler = sampler_of(VP, Velocity(bits=30), VP.grid(5, "logsnr"))
+    inverse = sampler.invert(3 * jnp.ones(8))
+    for failed in (inverse, sampler(None, init=inverse)):
         assert np.all(np.isnan(failed.x))
         with pytest.raises(RuntimeError, match="1 of 1 samples failed"):
             jd.check(failed)
 
 
 def test_both_engines_agree():
-    kwargs = dict(init=np.ones(8), solver=Symmetric(), ts=VP.grid(9, "logsnr"))
-    plain, other = (jd.draw(None, modes(VP), (8,), engine=e, **kwargs) for e in ("scan", "diffrax"))
-    np.testing.assert_allclose(other.aux["pair"], plain.aux["pair"], rtol=1e-13)
+    plain, other = (
+        sampler_of(VP, Symmetric(), VP.grid(9, "logsnr"), engine=e, trajectory=True)
+        for e in ("scan", "diffrax")
+    )
+    plain, other = (s(None, init=np.ones(8)).aux["trajectory"] for s in (plain, other))
+    assert plain.shape == (10, 8)  # of which the last two are the pair
+    np.testing.assert_allclose(other, plain, rtol=1e-13)
+
+
+# --- Ends. ---
+
+FLAT = jd.process.Rectified()
+STEPS = 20
+CLEAN = {  # name: (path, grid, denoise); both end on clean data, alpha = 1 and sigma = 0
+    "Rectified": (FLAT, FLAT.grid(STEPS, t_start=0.95), False),
+    "DDPM": (STABLE, jd.grids.discrete(STABLE, STEPS, "linspace"), True),
+}
+FINITE = {  # solver, error measured here, amplification as documented by s at the nodes: at most
+    "O-BELM": (BELM(), 3.5e-15, lambda s: ((s[0] - s[1]) / (s[-2] - s[-1])) ** 2),  # 38,000
+    "BDIA(0.96)": (BDIA(0.96), 1.0e-15, lambda s: 0.96**-STEPS),  # 2.3
+    "EDICT": (EDICT(), 3.3e-15, lambda s: 0.93 ** (-2 * STEPS)),  # 18
+    "velocity": (Velocity(), 2.7e-16, lambda s: 1.0),
+}
+
+
+def scales(name):
+    """Alpha and sigma at all nodes, (nodes, 2), by NumPy; the last is clean data."""
+    ts = np.asarray(CLEAN[name][1])
+    if name == "Rectified":
+        return np.stack([1 - ts, ts], axis=1)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    kept = np.cumprod(1 - betas)[ts.astype(int)]
+    return np.append(np.sqrt(np.stack([kept, 1 - kept], axis=1)), [[1.0, 0.0]], axis=0)
+
+
+@dataclasses.dataclass(eq=False)
+class Watched:
+    """The network, which notes when it is called and knows nothing at sigma = 0."""
+
+    net: Modes
+    times: list
+
+    def __call__(self, t, x, cond=None):
+        jax.debug.callback(lambda t: self.times.append(float(t)), t)
+        return jnp.where(self.net.path.sigma(t) > 0, self.net(t, x, cond), jnp.nan)
+
+
+@each(FINITE, "finite")
+@each({name: name for name in CLEAN}, "name")
+def test_clean_data_are_inverted_and_come_back(name, finite):
+    (path, ts, denoise), (solver, measured, amplification) = CLEAN[name], finite
+    net = Watched(modes(path).net, [])
+    sampler = jd.sampler(jd.Denoiser(path, net), (8,), solver=solver, ts=ts, denoise=denoise)
+    x = np.random.default_rng(4).standard_normal(8)
+
+    def watched(call, *args, **kwargs):
+        out = jd.check(call(*args, **kwargs))
+        jax.effects_barrier()
+        assert len(net.times) == int(out.nfe)
+        assert min(net.times) >= float(ts[-1] if denoise else ts[-2])
+        net.times.clear()
+        return out
+
+    noise = watched(sampler.invert, x)
+    back = watched(sampler, None, init=noise)
+    again = watched(sampler.invert, back)
+    bound = 10 * min(measured, 2.0**-52 * amplification(np.divide(*scales(name).T[::-1])))
+    assert error(back.x, x) < bound, error(back.x, x) / bound
+    assert error(again.pair, noise.pair) < bound, error(again.pair, noise.pair) / bound
+    assert error(noise.x, x) > 0.05  # it went somewhere
+
+
+@each({name: name for name in CLEAN}, "name")
+def test_the_optimal_member_is_the_published_recursion_at_every_node(name):
+    """Eq. 18 of Wang et al. 2024 by NumPy, in y = x/alpha, with DDIM as its first step."""
+    path, ts, denoise = CLEAN[name]
+    (alpha, sigma), net = scales(name).T, modes(path).net
+    s, x = sigma / alpha, sigma_start(name)
+    h, y = s[:-1] - s[1:], [x / alpha[0]]
+    for n in range(len(h)):
+        x = alpha[n] * y[-1]
+        total = alpha[n] ** 2 * V + sigma[n] ** 2
+        m = (alpha[n] * V * x + sigma[n] ** 2 * MU * np.tanh(alpha[n] * MU * x / total)) / total
+        eps = (x - alpha[n] * m) / sigma[n]
+        if n == 0:
+            y.append(y[0] - h[0] * eps)
+            continue
+        q = (h[n] / h[n - 1]) ** 2
+        y.append(y[-1] + q * (y[-2] - y[-1]) - (h[n] + q * h[n - 1]) * eps)
+    want = alpha[:, None] * np.stack(y)
+    sampler = jd.sampler(
+        jd.Denoiser(path, net), (8,), solver=BELM(), ts=ts, denoise=denoise, trajectory=True
+    )
+    out = sampler(None, init=want[0])
+    assert np.isfinite(want).all() and len(want) == STEPS + 1
+    np.testing.assert_allclose(out.aux["trajectory"], want, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(out.x, out.aux["trajectory"][-1])
+
+
+def sigma_start(name):
+    return scales(name)[0, 1] * np.random.default_rng(6).standard_normal(8)
+
+
+@each({"symmetric": Symmetric(), "McCallumFoster": McCallumFoster(solvers.Heun())}, "solver")
+@each({name: name for name in CLEAN}, "name")
+def test_without_a_finite_step_the_end_is_the_posterior_mean(name, solver):
+    path, ts, denoise = CLEAN[name]
+    sampler = sampler_of(path, solver, ts, denoise=denoise, trajectory=True)
+    out = sampler(None, init=sigma_start(name))
+    path_of_x = out.aux["trajectory"]
+    m = modes(path)(ts[-1] if denoise else ts[-2], path_of_x[-2])
+    np.testing.assert_allclose(out.x, m, rtol=1e-13)  # alpha = 1
+    with pytest.raises(ValueError, match="the last step to sigma = 0 forgets the state"):
+        sampler.invert(out.x)
 
 
 # --- Adjoint. ---
@@ -280,8 +393,9 @@ def test_both_engines_agree():
 
 def loss(args, solver, n, adjoint):
     net, x, cond = args
-    kwargs = dict(solver=solver, ts=VP.grid(n, "logsnr"), init=x, cond=cond, adjoint=adjoint)
-    return jnp.sum(jnp.sin(jd.draw(None, jd.Denoiser(VP, net), x.shape, **kwargs).x))
+    kwargs = dict(solver=solver, ts=VP.grid(n, "logsnr"), adjoint=adjoint)
+    sampler = jd.sampler(jd.Denoiser(VP, net), x.shape, **kwargs)
+    return jnp.sum(jnp.sin(sampler(None, cond, x).x))
 
 
 def agree(found, expected, tolerance):
@@ -308,8 +422,8 @@ def test_the_adjoint_of_a_thousand_steps():
 def test_the_adjoint_reaches_the_grid_and_the_solver():
     def mean(values, adjoint):
         gamma, ts, x = values
-        kwargs = dict(num=2, init=x, solver=BDIA(gamma), ts=ts, adjoint=adjoint)
-        return jnp.mean(jd.sample(None, modes(VP), (8,), **kwargs).x ** 2)
+        sampler = sampler_of(VP, BDIA(gamma), ts, adjoint=adjoint)
+        return jnp.mean(jd.sample(None, sampler, num=2, init=x).x ** 2)
 
     values = jnp.asarray(0.9), jnp.linspace(0.9, 0.1, 6), jnp.linspace(-2.0, 2.0, 16).reshape(2, 8)
     agree(*(jax.jit(jax.grad(mean))(values, a) for a in (ReversibleAdjoint(), None)), 1e-10)
@@ -321,11 +435,11 @@ def test_the_adjoint_reaches_the_grid_and_the_solver():
 def test_editing():
     """With the source as target nothing changes; with another, the sample follows it."""
     x, source, target = (jnp.full(8, c) for c in (1.1, 0.0, 1.0))
-    kwargs = dict(solver=Symmetric(), ts=VP.grid(50, "logsnr"), source=source)
-    same = edit(modes(VP), x, target=source, **kwargs)
+    sampler = sampler_of(VP, Symmetric(), VP.grid(50, "logsnr"))
+    same = edit(sampler, x, source=source, target=source)
     np.testing.assert_allclose(same.x, x, rtol=1e-13)
     assert int(same.nfe) == 40 + 39  # 39 steps and the first guess there, 39 steps back
-    moved = edit(modes(VP), x, target=target, **kwargs).x
+    moved = edit(sampler, x, source=source, target=target).x
     np.testing.assert_allclose(moved - x, 1, atol=0.2)
 
 
@@ -344,14 +458,22 @@ def test_interpolation():
 # --- Refusals. ---
 
 TS, X = VP.grid(4, "logsnr"), np.ones(8)
-DRAW = functools.partial(jd.draw, None, modes(VP), (8,), ts=TS)
-INVERT = functools.partial(invert, modes(VP), solver=Symmetric(), ts=TS)
-PULLED = functools.cache(lambda: INVERT(X))
-FLOW = functools.partial(invert, modes(jd.process.Rectified()), X, solver=Velocity())
+
+
+def draw(solver, ts=TS, init=X, **options):
+    return sampler_of(VP, solver, ts, **options)(None, init=init)
+
+
+def pull(x=X, solver=Symmetric(), path=VP, ts=TS, denoise=False, **options):  # noqa: B008
+    return sampler_of(path, solver, ts, denoise=denoise).invert(x, **options)
+
+
+PULLED = functools.cache(pull)
+FLOW = functools.partial(pull, path=jd.process.Rectified(), ts=[0.9, 0.5, 0.0])
 MEMBER = functools.cache(lambda: dataclasses.replace(PULLED(), method=kind(BELM())))
 BARE = functools.cache(lambda: jd.Samples(PULLED().x, PULLED().result, PULLED().nfe, {}))
-SLOPE = jax.grad(lambda x: INVERT(x, solver=Symmetric(20)).x.sum())
-PLAIN, OWN = dict(init=X, solver=DDIM()), dict(init=X, solver=Symmetric())
+SLOPE = jax.grad(lambda x: pull(x, solver=Symmetric(20)).x.sum())
+FORGETS = "invert: ts[-1] must be a time with sigma > 0: the last step to sigma = 0 forgets"
 REFUSED = [
     (lambda: BELM("k=3"), "BELM: q must be 'optimal' or a number of at least 0, got 'k=3'"),
     (lambda: BELM(-1.0), "BELM: q must be a number of at least 0, got -1.0"),
@@ -359,16 +481,24 @@ REFUSED = [
     (lambda: EDICT(0.0), "EDICT: p must be a finite number in [2.22507e-308, 1], got 0.0"),
     (lambda: Symmetric(31), "SymmetricLeapfrog: bits must be at most 30, got 31"),
     (lambda: McCallumFoster(solvers.HeavyBall(DDIM())), "base must be a deterministic single-step"),
-    (lambda: INVERT(X, solver=DDIM()), "invert: solver must be a reversible one, as Symmetric"),
-    (lambda: INVERT(X, solver=BELM(0.0)), "got BELM(q=0.0), which is DDIM"),
-    (lambda: INVERT(X, freeze=0.8), "so small that more than 1 of the 4 steps of ts are left"),
-    (lambda: FLOW(ts=[0.9, 0.5, 0.0]), "invert: ts[-1] must be a time with sigma > 0: the last"),
-    (lambda: INVERT(BARE()), "invert: x must be an array, or a result of draw with a reversible"),
-    (lambda: DRAW(init=PULLED(), solver=BELM()), "the one that `init` was inverted by, with the"),
-    (lambda: DRAW(init=MEMBER(), solver=BELM(0.5)), "the one that `init` was inverted by"),
-    (lambda: DRAW(**OWN | dict(init=PULLED(), ts=VP.grid(5))), "the 5 nodes that `init` was inv"),
-    (lambda: DRAW(**PLAIN, adjoint=ReversibleAdjoint()), "a reversible one for ReversibleAdjoint"),
-    (lambda: DRAW(**OWN, adjoint=ReversibleAdjoint(), engine="diffrax"), "engine must be left out"),
+    (lambda: pull(solver=DDIM()), "invert: sampler must be one with a reversible solver, as Symm"),
+    (lambda: pull(solver=BELM(0.0)), "got BELM(q=0.0), which is DDIM"),
+    (lambda: pull(freeze=0.8), "so small that more than 1 of the 4 steps of ts are left"),
+    (lambda: FLOW(), FORGETS),
+    (lambda: FLOW(solver=McCallumFoster(DDIM())), FORGETS),
+    (lambda: pull(denoise=True), FORGETS),
+    (
+        lambda: pull(BARE()),
+        "invert: x must be an array, or a result of a sampler with a reversible",
+    ),
+    (lambda: draw(BELM(), init=PULLED()), "the one that `init` was inverted by, with the"),
+    (lambda: draw(BELM(0.5), init=MEMBER()), "the one that `init` was inverted by"),
+    (lambda: draw(Symmetric(), VP.grid(5), PULLED()), "the 5 nodes that `init` was inv"),
+    (lambda: draw(DDIM(), adjoint=ReversibleAdjoint()), "a reversible one for ReversibleAdjoint"),
+    (
+        lambda: draw(Symmetric(), adjoint=ReversibleAdjoint(), engine="diffrax"),
+        "engine must be left",
+    ),
     (lambda: interpolate(X, X[:2], 0.5), "interpolate: y must be of the shape of x, (8,), got"),
     (lambda: SLOPE(X), "bits must be None, or the derivative that of draw in the scan engine with"),
 ]

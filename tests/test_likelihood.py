@@ -16,8 +16,8 @@ from diffrax._local_interpolation import ThirdOrderHermitePolynomialInterpolatio
 from helpers import PROCESSES
 
 import jaxdiff as jd
+from jaxdiff import bits_per_dim, dequantise, likelihood
 from jaxdiff.fisher.heads import AbstractTrace, ExactTrace, Hutchinson
-from jaxdiff.likelihood import bits_per_dim, dequantise, log_prob
 
 D = 8
 LAW = oracles.GaussianMixture.random(0, 4, D)
@@ -77,7 +77,7 @@ class Biased(AbstractTrace):
 def tightly(path, x, ts):
     denoiser = mixture(path)
     options = {"solver": dfx.Dopri8(), "controller": TIGHT, "max_steps": 256}
-    return log_prob(denoiser, x, ts=ts, terminal=denoiser, **options)
+    return likelihood(denoiser, ts=ts, terminal=denoiser, **options)(x)
 
 
 ENDS = ("VP", "VE", "Rectified", "Discrete")  # of every kind; the others are slow twins
@@ -101,8 +101,8 @@ def test_the_density_of_a_mixture(path):
 def test_the_state_at_the_noise_end_is_what_sampling_starts_from():
     ts = [VP.t_max, VP.t_min]
     out = tightly(VP, XS[0], ts)
-    back = jd.draw(None, MIX, (D,), init=out.x, ts=ts, solver=dfx.Dopri8(), controller=TIGHT)
-    np.testing.assert_allclose(back.x, XS[0], atol=1e-8)
+    sampler = jd.sampler(MIX, (D,), ts=ts, solver=dfx.Dopri8(), controller=TIGHT)
+    np.testing.assert_allclose(sampler(None, init=out.x).x, XS[0], atol=1e-8)
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_fixed_steps_converge_at_the_order_of_the_solver():
     errors = []
     for n in counts:
         options = {"ts": VP.grid(n, "logsnr"), "solver": RK4(), "terminal": MIX}
-        values = [log_prob(MIX, x, **options).log_prob for x in XS]
-        errors.append(np.sqrt(np.mean((np.array(values) - TRUTH) ** 2)))
+        values = jd.many(likelihood(MIX, **options), XS).log_prob
+        errors.append(np.sqrt(np.mean((values - TRUTH) ** 2)))
     assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] > 3
     assert errors[-1] < 1e-4
 
@@ -120,7 +120,7 @@ def test_fixed_steps_converge_at_the_order_of_the_solver():
 def test_the_law_at_the_noise_end_costs_what_the_docstring_says():
     matched = jd.exact.gaussian(VP, *LAW.moments())
     truth, gaussian, plain = (
-        np.array([log_prob(MIX, x, ts=TS, terminal=law).log_prob for x in XS])
+        np.asarray(jd.many(likelihood(MIX, ts=TS, terminal=law), XS).log_prob)
         for law in (MIX, matched, None)
     )
     np.testing.assert_allclose(truth, TRUTH, atol=1e-3)
@@ -138,7 +138,7 @@ def test_a_controller_watches_the_integral_too():
     variance = 4 * VP.alpha(1e-3) ** 2 + VP.sigma(1e-3) ** 2
     truth = -0.5 * D * np.log(2 * np.pi * variance)
     control = dfx.ClipStepSizeController(control)  # whose norm is one level down
-    out = log_prob(unit, jnp.zeros(D), ts=[1.0, 1e-3], terminal=unit, controller=control)
+    out = likelihood(unit, ts=[1.0, 1e-3], terminal=unit, controller=control)(jnp.zeros(D))
     assert abs(out.log_prob - truth) < 1e-4, out.steps
 
 
@@ -149,8 +149,8 @@ def test_fresh_probes_are_unbiased_with_an_honest_error_and_beat_frozen_ones():
     keys, x = jax.random.split(KEY, 256), XS[0]
 
     def spread(**options):
-        one = lambda key: log_prob(NET, x, key=key, terminal=MIX, **options)  # noqa: E731
-        out = jax.vmap(one)(keys)
+        fn = likelihood(NET, terminal=MIX, **options)
+        out = jax.vmap(lambda key: fn(x, key=key))(keys)
         z = (np.mean(out.log_prob) - TRUTH[0]) / (np.std(out.log_prob) / 16)
         return out, z, np.var(out.log_prob)
 
@@ -167,11 +167,9 @@ def test_fresh_probes_are_unbiased_with_an_honest_error_and_beat_frozen_ones():
 
 def test_debiasing_removes_the_bias_of_any_estimate():
     keys, x = jax.random.split(KEY, 256), XS[1]
-    one = lambda key, m: log_prob(  # noqa: E731
-        NET, x, ts=TS, trace=Biased(), key=key, debias=m, terminal=MIX
-    )
-    assert abs(one(None, 0).log_prob - TRUTH[1]) > 2
-    out = jax.vmap(lambda key: one(key, 32))(keys)
+    raw, fn = (likelihood(NET, ts=TS, trace=Biased(), debias=m, terminal=MIX) for m in (0, 32))
+    assert abs(raw(x).log_prob - TRUTH[1]) > 2
+    out = jax.vmap(lambda key: fn(x, key=key))(keys)
     assert abs(np.mean(out.log_prob) - TRUTH[1]) < 4 * np.std(out.log_prob) / 16
     ratio = np.mean(out.error**2) / np.var(out.log_prob)
     assert 0.64 < ratio < 4  # collapsed strata overestimate, and the variance is of 256 values
@@ -182,8 +180,8 @@ def test_debiasing_under_a_controller_in_float32():
     low, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (MIX, XS[1]))
     options = {"trace": Biased(), "debias": 8, "terminal": low}
     options["controller"] = dfx.PIDController(rtol=1e-4, atol=1e-4)
-    one = lambda key: log_prob(low, x, ts=TS, key=key, **options).log_prob  # noqa: E731
-    out = np.asarray(jax.vmap(one)(jax.random.split(KEY, 256)))
+    fn = likelihood(low, ts=TS, **options)
+    out = np.asarray(jax.vmap(lambda key: fn(x, key=key).log_prob)(jax.random.split(KEY, 256)))
     assert out.dtype == np.float32
     assert abs(np.mean(out) - TRUTH[1]) < 4 * np.std(out) / 16
 
@@ -197,9 +195,8 @@ def thin():
     law, denoiser = trace_heads.thin_and_wide()
     ts = VP.grid(60, "logsnr")
 
-    def fn(x, trace, key=None, debias=0):
-        options = {"trace": trace, "key": key, "debias": debias, "terminal": denoiser}
-        return log_prob(denoiser, x, ts=ts, **options)
+    def fn(trace, debias=0):
+        return likelihood(denoiser, ts=ts, trace=trace, debias=debias, terminal=denoiser)
 
     return fn, *diffused(VP, ts[-1], 32, law, seed=3)
 
@@ -209,7 +206,7 @@ def test_a_preconditioned_head_is_within_a_nat_and_a_raw_one_useless(thin):
     fn, xs, truth = thin
 
     def rmse(trace):
-        value = jax.vmap(lambda x: fn(x, trace).log_prob)(xs)
+        value = jd.many(fn(trace), xs).log_prob
         return np.sqrt(np.mean((value - truth) ** 2))
 
     assert rmse(ExactTrace()) < 1e-4
@@ -220,8 +217,8 @@ def test_a_preconditioned_head_is_within_a_nat_and_a_raw_one_useless(thin):
 @pytest.mark.slow
 def test_a_debiased_head_is_unbiased(thin):
     (fn, xs, truth), head = thin, trace_heads.train_head("preconditioned")[0]
-    keys = jax.random.split(KEY, 128)
-    out = jax.vmap(lambda x: jax.vmap(lambda key: fn(x, head, key, 8))(keys))(xs[:4])
+    keys, one = jax.random.split(KEY, 128), fn(head, 8)
+    out = jax.vmap(lambda x: jax.vmap(lambda key: one(x, key=key))(keys))(xs[:4])
     values, errors = np.asarray(out.log_prob), np.asarray(out.error)
     z = (values.mean(1) - truth[:4]) / values.std(1) * math.sqrt(128)
     assert np.all(np.abs(z) < 4)
@@ -234,7 +231,8 @@ def test_a_debiased_head_is_unbiased(thin):
 
 def test_the_gradient_is_the_score():
     alpha, sigma = float(VP.alpha(TS[-1])), float(VP.sigma(TS[-1]))
-    slope = jax.grad(lambda x: log_prob(MIX, x, ts=TS, terminal=MIX).log_prob)
+    fn = likelihood(MIX, ts=TS, terminal=MIX)
+    slope = jax.grad(lambda x: fn(x).log_prob)
     want = LAW.score(XS[0], alpha, sigma)
     np.testing.assert_allclose(slope(XS[0]), want, atol=1e-3 * np.abs(want).max())
 
@@ -256,7 +254,7 @@ def test_the_gradient_with_respect_to_a_network():
     def fn(c):  # R is a multiple of I, on which a probe is exact: the correction is 0
         denoiser = jd.Denoiser(VP, Shrink(c), "eps")
         law = jd.exact.gaussian(VP, jnp.zeros(2), c)
-        out = log_prob(denoiser, x, ts=TS, key=KEY, debias=2, terminal=law)
+        out = likelihood(denoiser, ts=TS, debias=2, terminal=law)(x, key=KEY)
         return out.log_prob + out.error  # 0, where a standard deviation has no slope
 
     variance = lambda c: VP.alpha(t) ** 2 * c + VP.sigma(t) ** 2  # noqa: E731
@@ -273,13 +271,14 @@ def test_batches_and_jit_equal_the_loop_and_compile_once():
         return MIX.eps(t, x)
 
     denoiser = jd.Denoiser(VP, net, "eps")
-    one = lambda x, key, ts: log_prob(denoiser, x, ts=ts, trace=Hutchinson(2), key=key)  # noqa: E731
+    fn = likelihood(denoiser, ts=TS, trace=Hutchinson(2))
     keys = jax.random.split(KEY, len(XS))
-    loop = [one(x, key, TS) for x, key in zip(XS, keys, strict=True)]
+    loop = [fn(x, key=key) for x, key in zip(XS, keys, strict=True)]
     count = len(traces)
-    one(XS[0] + 1, keys[1], VP.grid(40, "quadratic"))
+    other = likelihood(denoiser, ts=VP.grid(40, "quadratic"), trace=Hutchinson(2))
+    other(XS[0] + 1, key=keys[1])
     assert len(traces) == count
-    batch = jax.jit(jax.vmap(lambda x, key: one(x, key, TS)))(XS, keys)
+    batch = jax.jit(jax.vmap(lambda x, key: fn(x, key=key)))(XS, keys)
     for i, single in enumerate(loop):
         np.testing.assert_allclose(batch.log_prob[i], single.log_prob, rtol=1e-10)
         np.testing.assert_allclose(batch.error[i], single.error, rtol=1e-10)
@@ -295,7 +294,7 @@ def test_one_network_evaluation_per_stage(trace):
         return jnp.tanh(x)
 
     denoiser = jd.Denoiser(VP, net, "eps")
-    out = log_prob(denoiser, jnp.ones(3), ts=VP.grid(5), solver=RK4(), trace=trace, key=KEY)
+    out = likelihood(denoiser, ts=VP.grid(5), solver=RK4(), trace=trace)(jnp.ones(3), key=KEY)
     jax.block_until_ready(out.log_prob)
     jax.effects_barrier()
     assert len(calls) == 4 * 5 and out.steps == 5
@@ -303,8 +302,9 @@ def test_one_network_evaluation_per_stage(trace):
 
 def test_float32(defaults):
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), MIX)
+    fn = likelihood(low, ts=TS, terminal=low)
     for x, truth in zip(XS, TRUTH, strict=True):
-        out = log_prob(low, jnp.asarray(x, jnp.float32), ts=TS, terminal=low)
+        out = fn(jnp.asarray(x, jnp.float32))
         assert out.log_prob.dtype == out.x.dtype == jnp.float32
         assert abs(out.log_prob - truth) < 1e-3
 
@@ -318,8 +318,7 @@ def test_images_and_conditions():
     law = jd.exact.gaussian(VP, shift, 0.5)
     alpha, scale = float(VP.alpha(t)), math.sqrt(0.5 * VP.alpha(t) ** 2 + VP.sigma(t) ** 2)
     want = np.sum(scipy.stats.norm.logpdf(x, alpha * shift, scale))
-    options = {"trace": Hutchinson(2), "key": KEY, "terminal": law}
-    out = log_prob(denoiser, x, ts=TS, cond=shift, **options)
+    out = likelihood(denoiser, ts=TS, trace=Hutchinson(2), terminal=law)(x, shift, key=KEY)
     assert out.x.shape == (2, 3) and abs(out.log_prob - want) < 1e-5
 
 
@@ -333,7 +332,7 @@ def test_a_failure_is_nan_and_a_result():
         (broken, {}, dfx.RESULTS.nonfinite),
         (NET, {"controller": control, "max_steps": 3}, dfx.RESULTS.max_steps_reached),
     ]:
-        out = jax.jit(lambda x, d=denoiser, o=options: log_prob(d, x, ts=TS, **o))(XS[0])
+        out = jax.jit(likelihood(denoiser, ts=TS, **options))(XS[0])
         assert out.result == result
         assert np.isnan(out.log_prob) and np.isnan(out.error) and np.isnan(out.x).all()
 
@@ -341,23 +340,23 @@ def test_a_failure_is_nan_and_a_result():
 def test_errors(as_users_see_it):
     x, flow = jnp.zeros(D), mixture(PROCESSES["Rectified"])
     for call, said in [
-        (lambda: log_prob(lambda t, x: x, x, ts=TS), "log_prob: denoiser must be a jaxdiff"),
-        (lambda: log_prob(flow, x, ts=[1.0, 0.1]), r"ts\[0\] must be .* t=1.0; start below"),
-        (lambda: log_prob(flow, x, ts=[0.9, 0.0]), r"ts\[-1\] must be .* t=0.0; end above"),
-        (lambda: log_prob(MIX, x, ts=TS[::-1]), "log_prob: ts must be strictly decreasing"),
-        (lambda: log_prob(MIX, x, ts=TS, solver=jd.solvers.DDIM()), "solver .* got DDIM"),
-        (lambda: log_prob(MIX, x, ts=TS, solver=dfx.SEA()), "solver must be an ODE solver"),
-        (lambda: log_prob(MIX, x, ts=TS, trace=Hutchinson()), "log_prob: key must be a key"),
-        (lambda: log_prob(MIX, x, ts=TS, debias=2), "log_prob: key must be a key"),
-        (lambda: log_prob(MIX, x, ts=TS, debias=3, key=KEY), "debias must be even.* got 3"),
-        (lambda: log_prob(MIX, x, ts=TS, debias=-2, key=KEY), "debias must be a whole number"),
+        (lambda: likelihood(lambda t, x: x, ts=TS), "likelihood: denoiser must be a jaxdiff"),
+        (lambda: likelihood(flow, ts=[1.0, 0.1]), r"ts\[0\] must be .* t=1.0; start below"),
+        (lambda: likelihood(flow, ts=[0.9, 0.0]), r"ts\[-1\] must be .* t=0.0; end above"),
+        (lambda: likelihood(MIX, ts=TS[::-1]), "likelihood: ts must be strictly decreasing"),
+        (lambda: likelihood(MIX, ts=TS, solver=jd.solvers.DDIM()), "solver .* got DDIM"),
+        (lambda: likelihood(MIX, ts=TS, solver=dfx.SEA()), "solver must be an ODE solver"),
+        (lambda: likelihood(MIX, ts=TS, trace=Hutchinson())(x), "likelihood: key must be a key"),
+        (lambda: likelihood(MIX, ts=TS, debias=2)(x), "likelihood: key must be a key"),
+        (lambda: likelihood(MIX, ts=TS, debias=3), "debias must be even.* got 3"),
+        (lambda: likelihood(MIX, ts=TS, debias=-2), "debias must be a whole number"),
         (
-            lambda: log_prob(MIX, x, ts=TS, debias=2, trace=Hutchinson(), key=KEY),
+            lambda: likelihood(MIX, ts=TS, debias=2, trace=Hutchinson()),
             "trace must be deterministic .* got Hutchinson",
         ),
-        (lambda: log_prob(MIX, x, ts=TS, trace="exact"), "trace must be .* got 'exact'"),
-        (lambda: log_prob(MIX, x, ts=TS, terminal=NET), "terminal must be an exact denoiser"),
-        (lambda: log_prob(MIX, x, ts=TS, max_steps=0), "max_steps must be a whole number"),
+        (lambda: likelihood(MIX, ts=TS, trace="exact"), "trace must be .* got 'exact'"),
+        (lambda: likelihood(MIX, ts=TS, terminal=NET), "terminal must be an exact denoiser"),
+        (lambda: likelihood(MIX, ts=TS, max_steps=0), "max_steps must be a whole number"),
         (lambda: dequantise(KEY, x, 0.0), "dequantise: width must be a positive number, got 0.0"),
         (lambda: bits_per_dim(x, D, -1.0), "bits_per_dim: width must be a positive number"),
         (lambda: bits_per_dim(x, 0, 1.0), "bits_per_dim: d must be a whole number"),
@@ -403,7 +402,7 @@ def test_the_law_at_the_end_must_be_of_the_same_path(as_users_see_it):
         jd.exact.gaussian(p, jnp.zeros(2), 1.0) for p in (VP, jd.process.EDM(sigma_max=20.0))
     )
     with pytest.raises(ValueError, match="terminal must be of the process of denoiser"):
-        log_prob(unit, jnp.zeros(2), ts=VP.grid(8), terminal=other)
+        likelihood(unit, ts=VP.grid(8), terminal=other)
 
 
 def test_all_stages_of_a_step_share_their_probes():
@@ -412,11 +411,54 @@ def test_all_stages_of_a_step_share_their_probes():
     ts, keys = VP.grid(8, "logsnr"), jax.random.split(jax.random.key(0), 400)
 
     def spread(solver):
-        def one(key):
-            options = dict(ts=ts, solver=solver, trace=Hutchinson(1), key=key)
-            return log_prob(denoiser, jnp.ones(2), **options).log_prob
-
-        return jnp.std(jax.jit(jax.vmap(one))(keys))
+        fn = likelihood(denoiser, ts=ts, solver=solver, trace=Hutchinson(1))
+        return jnp.std(jax.vmap(lambda key: fn(jnp.ones(2), key=key).log_prob)(keys))
 
     low, high = spread(dfx.Midpoint()), spread(dfx.Tsit5())
     assert high < 2 * low, (low, high)
+
+
+# --- Prepared once. ---
+
+
+class Bent(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, t, x, cond=None):
+        return jnp.tanh(self.w @ x + t)
+
+
+def test_both_modes_of_autodiff_are_the_slope_of_the_value():
+    """By the sample and by the network, on a fixed grid of Tsit5: as a central difference."""
+    start = np.random.default_rng(2).standard_normal((2, 3)), np.eye(3)
+    w, (x, way) = jnp.asarray(start[1]), jnp.asarray(start[0])
+
+    def fn(h):
+        denoiser = jd.Denoiser(VP, Bent(w * (1 + h)), "eps")
+        return likelihood(denoiser, ts=VP.grid(6, "logsnr"))(x + h * way).log_prob
+
+    # a step h leaves an error of order h^2 = 1e-8, and round-off over h of 1e-11
+    want = (fn(jnp.asarray(1e-4)) - fn(jnp.asarray(-1e-4))) / 2e-4
+    back, ahead = jax.grad(fn)(0.0), jax.jvp(fn, (0.0,), (1.0,))[1]
+    assert abs(want) > 0.1
+    np.testing.assert_allclose(back, want, rtol=1e-6)
+    np.testing.assert_allclose(ahead, back, rtol=1e-10)
+
+
+def test_new_rows_keys_and_conditions_trace_nothing():
+    traces = []
+
+    def net(t, x, cond):
+        traces.append(1)
+        return MIX.eps(t, x - cond)
+
+    fn = likelihood(jd.Denoiser(VP, net, "eps"), ts=VP.grid(5), trace=Hutchinson(2))
+    fn(XS[0], np.zeros(D), key=KEY)
+    count = len(traces)
+    other = fn(XS[1], np.ones(D), key=jax.random.key(6))
+    assert len(traces) == count > 0
+    fresh = likelihood(jd.Denoiser(VP, net, "eps"), ts=VP.grid(5), trace=Hutchinson(2))
+    again = fresh(XS[1], np.ones(D), key=jax.random.key(6))
+    np.testing.assert_allclose(other.log_prob, again.log_prob, rtol=1e-12)
+    for moved in (fn(XS[1], np.zeros(D), key=jax.random.key(6)), fn(XS[1], np.ones(D), key=KEY)):
+        assert abs(moved.log_prob - other.log_prob) > 1e-6

@@ -12,7 +12,7 @@ import scipy.optimize
 import scipy.stats
 
 import jaxdiff as jd
-from jaxdiff import exact, fisher, particles, pfgm, phase, train, tuning
+from jaxdiff import exact, fisher, flow_map, mcmc, pfgm, phase, train, tuning
 from jaxdiff.process import EDM, AbstractProcess
 from jaxdiff.score import AbstractDenoiser, Denoiser
 from jaxdiff.solvers import Heun
@@ -143,7 +143,7 @@ def test_the_flow_carries_the_law_from_r_6_to_r_08(D):
     start = np.concatenate([LINE + k * ts[0] for k in (-3, -0.7, 0.4, 3)])
     levels = cdf(D, 6.0, start)
     assert np.ptp(levels) > 0.9 and len(np.unique(levels.round(2))) > 7
-    out = jd.sample(None, model, (1,), num=12, solver=dfx.Tsit5(), ts=ts, init=start)
+    out = jd.sample(None, jd.sampler(model, (1,), solver=dfx.Tsit5(), ts=ts), num=12, init=start)
     np.testing.assert_allclose(cdf(D, 0.8, out.x), levels, atol=1e-8)
 
 
@@ -159,8 +159,8 @@ def test_heun_has_order_two():
     errors = []
     for n in (16, 64):
         ts = np.geomspace(6.0, 0.8, n + 1) / D**0.5
-        options = dict(num=9, solver=Heun(), ts=ts, init=start[:, None])
-        out = quick(lambda: jd.sample(None, model, (1,), **options))()  # noqa: B023
+        sampler = jd.sampler(model, (1,), solver=Heun(), ts=ts)
+        out = jd.sample(None, sampler, num=9, init=start[:, None])
         errors.append(np.sqrt(np.mean((out.x[:, 0] - np.array(want)) ** 2)))
     assert 1.8 < np.log2(errors[0] / errors[1]) / 2 < 2.2
 
@@ -169,12 +169,13 @@ def test_the_flow_carries_the_density_in_the_plane():
     D = 3.0
     model = pfgm.empirical(pfgm.PFGMpp(D=D, sigma_min=0.01), PLANE, P)
     ts = np.geomspace(6.0, 0.8, 65) / D**0.5
+    sampler = jd.sampler(model, (2,), solver=Heun(), ts=ts)
 
     @quick
     @jax.vmap
     def defect(x):
         def flow(x):
-            y = jd.draw(None, model, (2,), solver=Heun(), ts=ts, init=x).x
+            y = sampler(None, init=x).x
             return y, y
 
         J, y = jax.jacfwd(flow, has_aux=True)(x)
@@ -189,8 +190,8 @@ def test_the_flow_carries_the_density_in_the_plane():
 def test_sampling_from_the_prior_reaches_the_data():
     model, n = pfgm.empirical(pfgm.PFGMpp(D=8), LINE, P), 500
     ts = model.process.grid(40)
-    options = dict(num=n, solver=Heun(), ts=ts, denoise=True)
-    out = quick(lambda: jd.sample(KEY, model, (1,), **options))()
+    sampler = jd.sampler(model, (1,), solver=Heun(), ts=ts, denoise=True)
+    out = quick(lambda: jd.sample(KEY, sampler, num=n))()
     jd.check(out)
     nearest = np.abs(np.asarray(out.x) - LINE.T)
     assert np.quantile(nearest.min(axis=1), 0.99) < 1e-6
@@ -254,14 +255,14 @@ REFUSED = {
     "intrinsic_dimension": lambda: fisher.intrinsic_dimension(EXACT, T, X),
     "trace head": lambda: HEAD(EXACT, T, X),
     "trace_loss": lambda: train.trace_loss(HEAD, EXACT, X, NOISE, t=T),
-    "flow_jacobian": lambda: fisher.transport.flow_jacobian(EXACT, X, ts=KLUB["ts"]),
-    "ddim_jacobian": lambda: fisher.transport.ddim_jacobian(EXACT, X, ts=KLUB["ts"]),
-    "transport_test": lambda: fisher.transport.transport_test(KEY, EXACT, (2,), num=2, **KLUB),
-    "target": lambda: particles.target(NET, T),
-    "target of a wrapper": lambda: particles.target(VIEWED, T),
-    "local gaussian": lambda: jd.draw(
-        None, EXACT, (2,), solver=jd.solvers.LocalGaussian(fisher.Curvature()), init=X, **KLUB
-    ),
+    "flow_jacobian": lambda: flow_map.flow_jacobian(EXACT, X, ts=KLUB["ts"]),
+    "ddim_jacobian": lambda: flow_map.ddim_jacobian(EXACT, X, ts=KLUB["ts"]),
+    "transport_test": lambda: flow_map.transport_test(KEY, EXACT, (2,), num=2, **KLUB),
+    "target": lambda: mcmc.target(NET, T),
+    "target of a wrapper": lambda: mcmc.target(VIEWED, T),
+    "local gaussian": lambda: jd.sampler(
+        EXACT, (2,), solver=jd.solvers.LocalGaussian(fisher.Curvature()), **KLUB
+    )(None, init=X),
     "klub": lambda: tuning.klub(KEY, EXACT, PLANE, **KLUB),
     "align_your_steps": lambda: tuning.align_your_steps(KEY, EXACT, PLANE, **KLUB),
     "lifted": lambda: phase.Lifted(phase.CLD(), EXACT),
@@ -278,7 +279,7 @@ def test_the_score_is_that_of_the_law():
     want = jax.grad(log_law)(X)
     np.testing.assert_allclose(EXACT.score(T, X), want, rtol=1e-10)
     assert np.abs(EXACT.eps(T, X) + want).max() > 0.1  # T = 1: it is not -eps
-    target = particles.target(EXACT, T)
+    target = mcmc.target(EXACT, T)
     np.testing.assert_allclose(target.score(X), want, rtol=1e-10)
 
 
@@ -319,7 +320,7 @@ def test_traces_by_derivatives_are_those_of_the_flow(trace):
 def test_the_likelihood_is_the_density():
     model = pfgm.empirical(pfgm.PFGMpp(D=4.0, sigma_max=4000.0), PLANE, P)
     ts = np.geomspace(4000.0, 0.8, 161)
-    out = quick(lambda x: jd.log_prob(model, x, ts=ts, trace=fisher.ExactTrace()).log_prob)(X)
+    out = jd.likelihood(model, ts=ts)(X).log_prob
     kernels = [scipy.stats.multivariate_t(y, 0.64 * np.eye(2), df=4.0).pdf(X) for y in PLANE]
     assert float(out) == pytest.approx(np.log(P @ kernels), abs=3e-4)
 
@@ -342,4 +343,4 @@ def test_errors_name_the_argument(as_users_see_it):
 def test_solvers_that_add_noise_are_refused(as_users_see_it):
     model = pfgm.empirical(pfgm.PFGMpp(D=8), LINE, P)
     with pytest.raises(ValueError, match="solver must be deterministic"):
-        jd.draw(KEY, model, (1,), solver=jd.solvers.DDIM(eta=1.0), ts=model.process.grid(4))
+        jd.sampler(model, (1,), solver=jd.solvers.DDIM(eta=1.0), ts=model.process.grid(4))

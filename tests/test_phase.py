@@ -251,9 +251,9 @@ def test_samples_by_hand_with_conditions_a_denoising_step_and_one_broken():
         return -jnp.linalg.inv(PSLD.covariance(t)) @ shifted
 
     cond, fold = np.array([[0.5, -1.0], [np.nan, 0.0], [2.0, 0.3]]), jax.random.fold_in
-    options = dict(num=3, chunk=2, solver=Every(), ts=TS, cond=cond[:, None], denoise=True)
-    model = phase.Denoiser(PSLD, net, "score")
-    go = lambda: phase.sample(KEY, model, (2,), **options, trajectory=True)  # noqa: E731
+    model, options = phase.Denoiser(PSLD, net, "score"), dict(denoise=True, trajectory=True)
+    sampler = jd.sampler(model, (2,), solver=Every(), ts=TS, **options)
+    go = lambda: jd.sample(KEY, sampler, num=3, chunk=2, cond=cond[:, None])  # noqa: E731
     out = jax.jit(go, compiler_options=QUICK)()
     stages, own = Every().tabulate(model.head, TS), fold(KEY, 2)
     keys = [fold(fold(fold(own, 1), k), j) for k in range(5) for j in (0, 1)]
@@ -276,8 +276,8 @@ def test_slopes_in_the_start_and_in_the_process():
 
     def end(u):
         model = phase.Denoiser(phase.PSLD(beta=u[0]), NET.net)
-        options = dict(solver=phase.Rotation(midpoint=False), ts=TS, init=u[1:, None])
-        out = phase.draw(None, model, (1,), **options)
+        sampler = jd.sampler(model, (1,), solver=phase.Rotation(midpoint=False), ts=TS)
+        out = sampler(None, init=u[1:, None])
         return out.x[0] + out.aux["momentum"][0]
 
     both, u = jax.jit(jax.value_and_grad(end), compiler_options=QUICK), jnp.array([8.0, 0.4, -0.3])
@@ -285,16 +285,23 @@ def test_slopes_in_the_start_and_in_the_process():
     np.testing.assert_allclose(both(u)[1], want, rtol=1e-5)
 
 
-def call(**change):
-    good = dict(key=KEY, denoiser=NET, shape=(1,), num=2, solver=phase.Rotation(), ts=TS)
-    return phase.sample(**(good | change))
+def call(key=KEY, denoiser=NET, solver=None, **rest):
+    solver = solver or phase.Rotation()
+    return jd.sample(key, jd.sampler(denoiser, (1,), solver=solver, ts=TS), num=2, **rest)
 
 
 UNSTABLE = phase.Denoiser(phase.LinearSDE([[0.1, 1.0], [-1.0, 0.0]], np.eye(2)), abs)
 ERRORS = {
-    "solver": (lambda: call(solver=jd.solvers.DDIM()), "sample: solver .* DDIM"),
+    "solver": (lambda: call(solver=jd.solvers.DDIM()), "sampler: solver .* DDIM"),
     "key": (lambda: call(key=None), "sample: key .*NoneType"),
-    "init": (lambda: call(init=np.ones(1)), r"sample: init .*\(1,\)"),
+    "init": (
+        lambda: call(init=np.ones(1)),
+        r"sample: init must be of shape \(2, 2, 1\), got shape \(1,\)",
+    ),
+    "option": (
+        lambda: jd.sampler(NET, (1,), solver=phase.Rotation(), ts=TS, engine="scan"),
+        "sampler: engine must be left out: Denoiser has no such option, got 'scan'",
+    ),
     "cond": (lambda: call(cond=np.ones(3)), r"sample: cond .*\(3,\)"),
     "unstable": (lambda: call(denoiser=UNSTABLE), "the drift A .*0.0499"),
     "nu": (lambda: phase.PSLD(gamma=2.0, nu=2.0), "PSLD: nu .*2.0"),

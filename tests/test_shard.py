@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 
 import jaxdiff as jd
-from jaxdiff import shard
 
 ROOT = Path(__file__).parents[1]
 VP, KEY = jd.process.VP(), jax.random.key(0)
 MIX = jd.exact.mixture(VP, [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], 0.04)
 TS = VP.grid(10, "logsnr")
+
+
+def prepared(model=MIX, solver=None, ts=TS, **options):
+    solver = solver or jd.solvers.DDIM(eta=1.0)
+    return jd.sampler(model, (2,), solver=solver, ts=ts, **options)
 
 
 def environment(devices=1):
@@ -49,16 +53,15 @@ def test_two_processes_of_two_devices_make_the_same_samples(tmp_path, defaults):
     run = launch("made", tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     made = np.load(tmp_path / "made.npz")
-    task = dict(num=16, solver=jd.solvers.DDIM(eta=1.0), ts=TS)
-    want = jd.sample(KEY, MIX, (2,), **task).x
+    want = jd.sample(KEY, prepared(), num=16).x
     np.testing.assert_allclose(made["x"], want, rtol=1e-6, atol=1e-6)
     data = np.random.default_rng(0).normal(size=(101, 2)).astype(np.float32)
-    task |= dict(num=4, solver=jd.solvers.DPMpp2M())
-    want = jd.sample(KEY, jd.exact.empirical(VP, data), (2,), **task).x
+    fast = jd.solvers.DPMpp2M()
+    want = jd.sample(KEY, prepared(jd.exact.empirical(VP, data), fast), num=4).x
     np.testing.assert_allclose(made["memoriser"], want, rtol=1e-5, atol=1e-5)
-    want = jd.sample(KEY, MIX, (2,), **task).x
+    want = jd.sample(KEY, prepared(MIX, fast), num=4).x
     assert len(list((tmp_path / "files").glob("*.npz"))) == 2  # one of each process
-    np.testing.assert_allclose(shard.read(tmp_path / "files").x, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jd.read(tmp_path / "files").x, want, rtol=1e-6, atol=1e-6)
 
 
 def test_a_killed_process_ends_the_others(tmp_path):
@@ -72,7 +75,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
 
 # --- Files. ---
 
-TASK = dict(num=50, per_file=16, solver=jd.solvers.DDIM(eta=1.0), ts=TS, progress=False)
+TASK = dict(num=50, per_file=16, progress=False)
 
 
 def files_of(folder):
@@ -80,22 +83,22 @@ def files_of(folder):
 
 
 def test_files_hold_the_samples_and_are_made_once(tmp_path, capsys):
-    task = TASK | dict(trajectory=True, cond=np.arange(50.0), progress=True)
+    task, cond = TASK | dict(progress=True), np.arange(50.0)
     net = jd.Denoiser(VP, lambda t, x, cond: jnp.tanh(x + cond), "x0")
-    shard.sample_to(tmp_path, KEY, net, (2,), **task)
+    sampler = prepared(net, trajectory=True)
+    jd.sample_to(tmp_path, KEY, sampler, cond=cond, **task)
     assert "4/4" in capsys.readouterr().err  # the bar
-    got = jd.check(shard.read(tmp_path))
-    rest = {name: task[name] for name in ("num", "solver", "ts", "trajectory", "cond")}
-    want = jd.sample(KEY, net, (2,), chunk=16, **rest)
+    got = jd.check(jd.read(tmp_path))
+    want = jd.sample(KEY, sampler, num=50, cond=cond, chunk=16)
     for name in ("x", "nfe", "aux"):
         jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(want, name))
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    shard.sample_to(tmp_path, KEY, net, (2,), **task)
+    jd.sample_to(tmp_path, KEY, sampler, cond=cond, **task)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
 
 def test_missing_and_damaged_files_are_named_and_made_again(tmp_path):
-    shard.sample_to(tmp_path, KEY, MIX, (2,), **TASK)
+    jd.sample_to(tmp_path, KEY, prepared(), **TASK)
     whole = files_of(tmp_path)
     (tmp_path / "000000.npz").write_bytes(whole["000000.npz"][:-100])
     (tmp_path / "000001.npz").write_bytes(b"")
@@ -104,47 +107,47 @@ def test_missing_and_damaged_files_are_named_and_made_again(tmp_path):
     (tmp_path / "000002.npz").write_bytes(spoiled)
     (tmp_path / "000003.npz").unlink()
     with pytest.raises(ValueError, match=r"path must be complete.*000000.npz.*2.npz.*000003.npz"):
-        shard.read(tmp_path)
+        jd.read(tmp_path)
     with pytest.warns(UserWarning) as said:
-        shard.sample_to(tmp_path, KEY, MIX, (2,), **TASK)
+        jd.sample_to(tmp_path, KEY, prepared(), **TASK)
     assert [f"00000{k}.npz is damaged and is made again" in str(w.message)
             for k, w in enumerate(said)] == [True] * 3  # fmt: skip
     assert files_of(tmp_path) == whole
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
-    shard.sample_to(tmp_path / "a", KEY, MIX, (2,), **TASK)
+    jd.sample_to(tmp_path / "a", KEY, prepared(), **TASK)
     whole, other = files_of(tmp_path / "a"), jd.exact.gaussian(VP, jnp.zeros(2), 1.0)
     changes = {
-        "num 60, was 50": (KEY, MIX, TASK | dict(num=60)),
-        r"solver .*'DDIM\(.*was": (KEY, MIX, TASK | dict(solver=jd.solvers.DDIM())),
-        "digest .* was": (KEY, other, TASK),
-        "digest '.*', was": (jax.random.key(1), MIX, TASK),
-        "digest '[0-9a-f]*', was": (KEY, MIX, TASK | dict(ts=VP.grid(10))),
+        "num 60, was 50": (KEY, prepared(), dict(num=60)),
+        r"solve .*DDIM\(.*was": (KEY, prepared(solver=jd.solvers.DDIM()), {}),
+        "digest .* was": (KEY, prepared(other), {}),
+        "digest '.*', was": (jax.random.key(1), prepared(), {}),
+        "digest '[0-9a-f]*', was": (KEY, prepared(ts=VP.grid(10)), {}),
     }
-    for said, (key, denoiser, task) in changes.items():
+    for said, (key, sampler, change) in changes.items():
         with pytest.raises(ValueError, match=f"path must be empty, or a folder .*{said}"):
-            shard.sample_to(tmp_path / "a", key, denoiser, (2,), **task)
+            jd.sample_to(tmp_path / "a", key, sampler, **TASK | change)
     assert files_of(tmp_path / "a") == whole
     (tmp_path / "c").mkdir()  # in which another process is writing the settings just now
     (tmp_path / "c" / ".settings.json.1.part").write_text("{")
-    shard.sample_to(tmp_path / "c", KEY, MIX, (2,), **TASK)
+    jd.sample_to(tmp_path / "c", KEY, prepared(), **TASK)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="path must be empty, or a folder of this function"):
-        shard.sample_to(tmp_path / "b", KEY, MIX, (2,), **TASK)
+        jd.sample_to(tmp_path / "b", KEY, prepared(), **TASK)
     with pytest.raises(ValueError, match="path must be a folder of sample_to"):
-        shard.read(tmp_path / "b")
+        jd.read(tmp_path / "b")
 
 
 JOB = """
 import sys, jax, jaxdiff as jd
-from jaxdiff import shard
 vp = jd.process.VP()
 mixture = jd.exact.mixture(vp, [0.5, 0.5], [[-1.0, 0.0], [1.0, 0.5]], 0.04)
+solver, ts = jd.solvers.DDIM(eta=1.0), vp.grid(10, "logsnr")
+sampler = jd.sampler(mixture, (2,), solver=solver, ts=ts)
 print("ready", flush=True)
-shard.sample_to(sys.argv[1], jax.random.key(0), mixture, (2,), num=80_000, per_file=40,
-                solver=jd.solvers.DDIM(eta=1.0), ts=vp.grid(10, "logsnr"), progress=False)
+jd.sample_to(sys.argv[1], jax.random.key(0), sampler, num=80_000, per_file=40, progress=False)
 """
 
 

@@ -12,7 +12,7 @@ from helpers import PROCESSES
 
 import jaxdiff as jd
 from jaxdiff import exact
-from jaxdiff.fisher.transport import (
+from jaxdiff.flow_map import (
     AFFINE,
     NON_AFFINE,
     asymmetry,
@@ -60,9 +60,11 @@ def test_the_matrix_equation_is_the_derivative_of_the_solve(kind):
     ts = ends(path, 20, 0.1)
     flow = tight_flow(denoiser, X, ts=ts)
 
+    options = dict(controller=TIGHT, adjoint=dfx.ForwardMode())
+    sampler = jd.sampler(denoiser, (D,), solver=dfx.Dopri8(), ts=ts, **options)
+
     def end(x):
-        options = dict(controller=TIGHT, adjoint=dfx.ForwardMode())
-        return jd.draw(None, denoiser, (D,), solver=dfx.Dopri8(), ts=ts, init=x, **options).x
+        return sampler(None, init=x).x
 
     x, jacobian = end(jnp.asarray(X)), jax.jit(jax.jacfwd(end))(jnp.asarray(X))
     assert flow.result == dfx.RESULTS.successful
@@ -99,8 +101,10 @@ def test_the_discrete_rule_is_the_derivative_of_ddim(name, kind):
     ts = np.append(path.grid(7, t_start=ends(path, 30, 1)[0]), 0.0 if name == "Rectified" else [])
     ts = np.unique(ts)[::-1]
 
+    sampler = jd.sampler(denoiser, (D,), solver=jd.solvers.DDIM(), ts=ts)
+
     def end(x):
-        return jd.draw(None, denoiser, (D,), solver=jd.solvers.DDIM(), ts=ts, init=x).x
+        return sampler(None, init=x).x
 
     start = float(path.sigma(ts[0])) * X
     flow = ddim_jacobian(denoiser, start, ts=ts)
@@ -285,7 +289,8 @@ def test_draws_are_named_by_the_key_and_their_index():
         for n in (3, 5)
     )
     np.testing.assert_allclose(small.flow.jacobian, large.flow.jacobian[:3], rtol=1e-12)
-    samples = jd.sample(jax.random.key(3), denoiser, (2,), num=5, solver=jd.solvers.DDIM(), ts=ts)
+    ddim = jd.sampler(denoiser, (2,), solver=jd.solvers.DDIM(), ts=ts)
+    samples = jd.sample(jax.random.key(3), ddim, num=5)
     np.testing.assert_allclose(large.flow.x, samples.x, rtol=1e-10, atol=1e-12)
     A = np.asarray(large.flow.jacobian)
     skew, side = np.abs(A[:, 0, 1] - A[:, 1, 0]), np.hypot(A[:, 0, 1], A[:, 1, 0])
