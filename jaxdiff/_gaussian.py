@@ -52,7 +52,7 @@ class GridSolve(DiffraxSolve):
     ts: Values
     nodes: Values
     scales: Values | None
-    last: tuple[Values, Values] | None
+    last: tuple[Any, Any] | None
     path: Callable[[Any], dfx.AbstractBrownianPath] | None
     controller: dfx.AbstractStepSizeController | None
     adjoint: dfx.AbstractAdjoint | None
