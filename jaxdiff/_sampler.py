@@ -390,7 +390,8 @@ class Sampler(Prepared):
         inverse = getattr(self.solve, "inverse", None)
         if inverse is None:
             expected = "one with a reversible solver, as SymmetricLeapfrog()"
-            raise _check.bad("invert", "sampler", expected, type(self.solve).__name__)
+            name = type(getattr(self.solve, "solver", self.solve)).__name__
+            raise _check.bad("invert", "sampler", expected, name)
         x, pair = _sample_and_pair("invert", x)
         step = self.solve.admit_back("invert", x, pair, freeze)  # type: ignore[attr-defined]
         return call(_inverter(step), self, x, pair, cond)

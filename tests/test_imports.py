@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parents[1] / "jaxdiff"
 # Each layer may import the layers before it, never its own or a later one. A family of models
 # registers itself with `_sampler.prepare`: so `_sampler` knows none of them.
 LAYERS = [
-    ("_array", "_keys", "_host", "_check", "_numerics", "_prepared", "_status", "_loop"),
-    ("_mesh",),
+    ("_array", "_keys", "_host", "_check", "_numerics", "_status", "_loop"),
+    ("_mesh", "_prepared"),
     ("grids",),
     ("process",),
     ("score",),
