@@ -20,10 +20,6 @@ def over_steps(
     `see(n, state)` looks at the state at every node after the first. A derivative keeps the
     states, and the activations of one network evaluation at a time.
     """
-    if first == stop:
-        seen = None if see is None else see(first, state)
-        return state, jax.tree.map(lambda a: a[None][:0], seen)
-
     if first == stop:  # trace no step: there may be no coefficients to make it with
         seen = None if see is None else see(first, state)
         return state, jax.tree.map(lambda a: a[None][:0], seen)

@@ -311,6 +311,7 @@ class Sampler(Prepared):
         self, n: int | Int[Array, ""], key: PRNGKeyArray | None, state: State, cond: Cond = None
     ) -> State:
         """Return the state after step `n`, which is 0 for the first and below `steps`."""
+        self._on_a_grid("sampler.step")
         if is_concrete(n) and not 0 <= int(n) < self.steps:
             raise _check.bad("sampler.step", "n", f"from 0 to {self.steps - 1}", n)
         key = _check.needed_key("sampler.step", key, self.solve.draws)

@@ -117,7 +117,7 @@ EXPONENTIAL = {
 
 
 class MLP(eqx.Module):
-    """A network of two layers; `trace` counts how often it is traced."""
+    """A network of two layers; `traces` counts how often it is traced."""
 
     w1: jax.Array
     w2: jax.Array

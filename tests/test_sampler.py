@@ -185,7 +185,8 @@ def test_what_cannot_be_stepped_says_so(as_users_see_it):
     cases = [
         (lambda: adaptive.steps, f"sampler.steps: {alone}"),
         (lambda: adaptive.init(KEY), f"sampler.init: {alone}"),
-        (lambda: adaptive.step(0, KEY, state), f"sampler.steps?: {alone}"),
+        (lambda: adaptive.step(0, KEY, state), f"sampler.step: {alone}"),
+        (lambda: jax.jit(adaptive.step)(0, KEY, state), f"sampler.step: {alone}"),
         (lambda: run.step(8, KEY, state), "sampler.step: n must be from 0 to 7, got 8"),
         (lambda: run.step(-1, KEY, state), "sampler.step: n must be from 0 to 7, got -1"),
         (lambda: run.step(0, None, state), "sampler.step: key must be a key .* got NoneType"),
