@@ -519,7 +519,8 @@ def test_images_conditions_and_batches():
 
     sampler = ddim(denoiser, shape=(2, 3))
 
-    def run(x, shift, cov, fn=functools.partial(terminal_gradient, sampler)):
+    def run(x, shift, cov, fn=None):
+        fn = fn or functools.partial(terminal_gradient, sampler)
         return fn(loss, x, cov=cov, cond={"shift": shift})
 
     for cov in ("fd", "gated"):
