@@ -322,8 +322,8 @@ def test_likelihoods_and_inversions():
     trip, mesh = prepared(jd.solvers.SymmetricLeapfrog()), mesh_of(4)
     noise = jd.many(trip.invert, x, on=mesh)
     for i in (0, 5):
-        alone = trip.invert(x[i])
-        np.testing.assert_allclose(noise.pair[i], alone.pair, rtol=1e-10, atol=1e-10)
+        plain = trip.invert(x[i])
+        np.testing.assert_allclose(noise.pair[i], plain.pair, rtol=1e-10, atol=1e-10)
     back = jd.sample(None, trip, num=8, init=noise, on=mesh)
     np.testing.assert_allclose(back.x, x, rtol=1e-12)
     again = jd.many(trip.invert, back, on=mesh)
@@ -363,7 +363,7 @@ def test_an_ambient_mesh_changes_nothing():
 
 
 def test_the_axis_that_shares_the_samples():
-    """ "batch", the only one there is, or the one that a sharding names."""
+    """The one called batch, the only one there is, or the one that a sharding names."""
     sampler, want = alone(SOLVERS[0])
     both = mesh_of(2, 4, names=("rows", "columns"))
     for on, count in (

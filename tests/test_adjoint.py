@@ -352,7 +352,8 @@ def test_memory_is_the_states_or_flat():
 
     state = d * 8
     for cov, states in (("vjp", 1), ("fd", 2)):
-        assert growth(functools.partial(discrete, cov=cov)) <= states * state, cov
+        # and the number of each step, by which the way back finds its coefficients
+        assert growth(functools.partial(discrete, cov=cov)) <= states * state + 8, cov
     assert growth(continuous) == 0
     assert growth(jax.grad(tape)) > width * 8
 
@@ -519,7 +520,8 @@ def test_images_conditions_and_batches():
 
     sampler = ddim(denoiser, shape=(2, 3))
 
-    def run(x, shift, cov, fn=functools.partial(terminal_gradient, sampler)):
+    def run(x, shift, cov, fn=None):
+        fn = fn or functools.partial(terminal_gradient, sampler)
         return fn(loss, x, cov=cov, cond={"shift": shift})
 
     for cov in ("fd", "gated"):
@@ -616,15 +618,15 @@ def test_errors(as_users_see_it):
             lambda: terminal_gradient(ddim(NETWORK), jnp.sin, X_T),
             r"one floating number, \(\), got float64\[6\]",
         ),
-        (lambda: go(solver=DDIM()), "continuous_gradient: solver must be a diffrax ODE solver"),
+        (lambda: go(solver=DDIM()), "continuous_gradient: solver must be an ODE solver of diff"),
         (lambda: go(max_steps=0), "continuous_gradient: max_steps must be"),
         (
             lambda: continuous_gradient(straight, loss, X_T, ts=[0.9, 0.0]),
-            "a time with sigma > 0",
+            r"ts\[-1\] must be a time of finite log-SNR \(sigma > 0\), got t=0.0; end above",
         ),
         (
             lambda: continuous_gradient(straight, loss, X_T, ts=[1.0, 0.1]),
-            r"ts\[0\] must be a time that Tsit5 can start at",
+            r"ts\[0\] must be a time of finite log-SNR .*, got t=1.0; start below it",
         ),
         (lambda: better(optimiser=0.1, steps=3), "optimise_noise: optimiser must be an optax"),
         (lambda: better(optimiser=sgd, steps=0), "steps must be a whole number of at least 1"),
