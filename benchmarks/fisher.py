@@ -17,6 +17,7 @@ Writes `benchmarks/results/fisher.json` and `fisher.png`.
     python benchmarks/fisher.py [costs errors likelihoods data]
 """
 
+import functools
 import json
 import os
 import platform
@@ -216,14 +217,14 @@ def errors():
     x = jax.vmap(VP.perturb, (0, None, 0))(keys, ts[-1], draw(jax.random.key(6), 256))[0]
     truth = jax.jit(jax.vmap(lambda x: exact.log_density(ts[-1], x)))(x)
     options = dict(ts=ts, solver=diffrax.Heun(), terminal=exact)
-    nll = nll_errors(lambda x, **kw: jd.log_prob(exact, x, **options, **kw), x, truth, heads)
+    nll = nll_errors(functools.partial(jd.likelihood, exact, **options), (x,), truth, heads)
     return {"trace": rows, "nll": nll}
 
 
 # --- 3. Likelihoods. ------------------------------------------------------------------------------
 
 
-def nll_errors(log_prob, x, truth, heads):
+def nll_errors(prepare, args, truth, heads):
     """RMS error in nats, and time as a multiple of the first, of each estimate of a likelihood."""
     fisher = jd.fisher
     plans = {f"{kind} head": (head, 0) for kind, head in heads.items()}
@@ -232,15 +233,13 @@ def nll_errors(log_prob, x, truth, heads):
         "Hutchinson, 1 probe": (fisher.Hutchinson(1), 0),
         "Hutchinson, 4 probes": (fisher.Hutchinson(4), 0),
     }
-    keys = jax.random.split(jax.random.key(11), len(truth))
     rows = []
 
-    @eqx.filter_jit
-    def run(trace, debias):
-        one = lambda x, key: log_prob(x, trace=trace, key=key, debias=debias)  # noqa: E731
-        return jax.vmap(one)(x, keys).log_prob
+    def call(trace, debias):
+        likelihood = prepare(trace=trace, debias=debias)
+        return lambda: jd.many(likelihood, *args, key=jax.random.key(11)).log_prob
 
-    calls = {name: (lambda plan=plan: run(*plan)) for name, plan in plans.items()}
+    calls = {name: call(*plan) for name, plan in plans.items()}
     seconds = in_turns(calls, 3)
     base = seconds["preconditioned head"]
     print(f"\n{'log-likelihood by':<36}{'RMS nats':>10}{'bias':>9}{'time':>7}")
@@ -264,15 +263,10 @@ def likelihoods():
     x = jax.vmap(lambda k, x: jd.dequantise(k, x, demo.WIDTH))(keys, digits.held_out[:n])
     labels = digits.held_out_labels[:n]
     ts = demo.likelihood_grid(model.process)
-    batch = (x, labels)
-
-    def log_prob(pair, **kwargs):
-        x, label = pair
-        return jd.log_prob(model, x, cond=label, ts=ts, solver=diffrax.Heun(), **kwargs)
-
-    truth = jax.jit(jax.vmap(lambda pair: log_prob(pair).log_prob))(batch)
+    prepare = functools.partial(jd.likelihood, model, ts=ts, solver=diffrax.Heun())
+    truth = jd.many(prepare(), x, labels).log_prob
     print(f"\n{n} held-out digits, {float(jnp.mean(truth)):.2f} nats on average by the exact trace")
-    return nll_errors(log_prob, batch, truth, heads)
+    return nll_errors(prepare, (x, labels), truth, heads)
 
 
 # --- 4. Data sets. --------------------------------------------------------------------------------

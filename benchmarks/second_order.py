@@ -72,15 +72,6 @@ def line(name, cells, width=10):
 # --- One sample at a time: the norms of these solvers are of one sample. --------------------------
 
 
-class Compiled(first.Batched):
-    """A denoiser that alone is compiled in a loop that is not, once for all solvers."""
-
-    def pair(self, t, x, cond=None):
-        with jax.disable_jit(False):
-            return _pair(self.inner, jnp.asarray(t, x.dtype), x, cond)
-
-
-_pair = eqx.filter_jit(lambda denoiser, t, x, cond: denoiser.pair(t, x, cond))
 _curve = eqx.filter_jit(lambda curvature, *args: curvature(*args))
 
 
@@ -94,13 +85,7 @@ def local_gaussian(curvature):
 
 def draw(denoiser, solver, ts, x, cond=None):
     """The samples of a solver from a batch of states."""
-
-    def one(x, cond):
-        start = dict(init=x, cond=cond, dtype=x.dtype)
-        return jd.draw(None, Compiled(denoiser), x.shape, solver=solver, ts=ts, **start).x
-
-    with jax.disable_jit():
-        return jax.vmap(one, (0, None if cond is None else 0))(x, cond)
+    return first.draw(denoiser, solver, ts, x, cond).x
 
 
 # --- 1. Digits. -----------------------------------------------------------------------------------
@@ -154,7 +139,7 @@ VARIANCES, SIGMA, GOAL, LENGTHS = np.logspace(0, -3, 32), 0.03, 0.1, (20, 50, 10
 
 def plain(h):
     """Unadjusted Langevin with steps of h sigma^2."""
-    return solvers.LangevinCorrected(DDIM(), rule="ald", snr=float(np.sqrt(h / 2))).langevin
+    return solvers.Langevin(rule="ald", snr=float(np.sqrt(h / 2))).langevin
 
 
 def chains(rule, denoiser, sigma):

@@ -9,8 +9,9 @@
    and float64.
 5. *overhead*: time and compilation of our loop; see `overhead.py`.
 
-The solvers run as `draw` runs them, but without `jit` around the network, so that one compiled
-network serves all of them. Writes `benchmarks/results/solvers.json` and `solvers.png`.
+Every solver runs one sample at a time under `vmap`, as in `jaxdiff.sample`, but without `jit`
+around the loop, so that one compiled network serves all of them. Writes
+`benchmarks/results/solvers.json` and `solvers.png`.
 
     python benchmarks/solvers.py [mixtures digits laws trips overhead] [--quick] [--digits FOLDER]
 """
@@ -32,7 +33,7 @@ import overhead
 from matplotlib.figure import Figure
 
 import jaxdiff as jd
-from jaxdiff import demo, inversion, solvers, tuning
+from jaxdiff import demo, solvers, tuning
 
 RESULTS = Path(__file__).parent / "results"
 NFES = (5, 10, 20, 50)
@@ -96,7 +97,9 @@ STOCHASTIC = {
     "SEEDS-3": solvers.SEEDS(3),
     "churn": solvers.Churn(),
     "split noise": solvers.SplitNoise(),
-    "DPM++(2M), Langevin": solvers.LangevinCorrected(solvers.DPMpp2M(), rule="ald", snr=0.1),
+    "DPM++(2M), Langevin": solvers.Between(
+        solvers.DPMpp2M(), solvers.Langevin(rule="ald", snr=0.1)
+    ),
 }
 SHOWN = {  # in colour in the figure, and printed
     "DDIM": "k", "DPM++(2M)": "C0", "DPM++(3M)": "C9", "UniPC(3)": "C3", "DEIS(3), t": "C1",
@@ -107,13 +110,11 @@ SHOWN = {  # in colour in the figure, and printed
 # --- What is sampled from, and how. ---------------------------------------------------------------
 
 
-@eqx.filter_jit
-def _batched(denoiser, t, x, cond):
-    return jax.vmap(denoiser.pair, (None, 0, 0))(t, x, cond)
+_pair = eqx.filter_jit(lambda denoiser, t, x, cond: denoiser.pair(t, x, cond))
 
 
-class Batched(jd.score.AbstractDenoiser):
-    """A denoiser of a batch as one array, whose network alone is compiled."""
+class Compiled(jd.score.AbstractDenoiser):
+    """A denoiser that alone is compiled in a loop that is not, once for all solvers."""
 
     inner: jd.score.AbstractDenoiser
 
@@ -123,15 +124,39 @@ class Batched(jd.score.AbstractDenoiser):
 
     def pair(self, t, x, cond=None):
         with jax.disable_jit(False):
-            return _batched(self.inner, jnp.asarray(t, x.dtype), x, cond)
+            return _pair(self.inner, jnp.asarray(t, x.dtype), x, cond)
+
+
+def prepared(denoiser, solver, ts, x):
+    """A sampler of one row of a batch, of states or results."""
+    x = getattr(x, "x", x)
+    return jd.sampler(Compiled(denoiser), x.shape[1:], solver=solver, ts=ts, dtype=x.dtype)
+
+
+def each(run, *args):
+    """`vmap` of the arguments that are there."""
+    return jax.vmap(run, tuple(None if arg is None else 0 for arg in args))(*args)
 
 
 def draw(denoiser, solver, ts, x, cond=None, key=None):
     """The samples of a solver from a batch of states, or from what `invert` made of one."""
-    like = x.x if isinstance(x, solvers.Inverted) else x
     with jax.disable_jit():
-        return jd.draw(key, Batched(denoiser), like.shape, solver=solver, ts=ts, init=x, cond=cond,
-                       dtype=like.dtype)  # fmt: skip
+        keys = None if key is None else jd.keys(key, 0, len(x))
+        return each(prepared(denoiser, solver, ts, x), keys, cond, x)
+
+
+def invert(denoiser, solver, ts, x):
+    """What `draw` needs to come back to a batch."""
+    with jax.disable_jit():
+        return each(prepared(denoiser, solver, ts, x).invert, x)
+
+
+def cost(solver, steps):
+    """Network evaluations of so many steps."""
+    if not isinstance(solver, solvers.Between):
+        return int(solver.cost(steps))
+    corrected = max(steps - (not solver.hook.last), 0)
+    return cost(solver.solver, steps) + solver.hook.evaluations * corrected
 
 
 def mixture(process, d=8, k=6, dtype=np.float64):
@@ -183,11 +208,11 @@ def by_budget(table, budgets, run):
     for name, solver in table.items():
         print(f"\n{name:<28}", end="", flush=True)
         for budget in budgets:
-            steps = max(n for n in range(budget + 1) if int(solver.cost(n)) <= budget)
+            steps = max(n for n in range(budget + 1) if cost(solver, n) <= budget)
             value = run(solver, steps, budget) if steps else None
             print(f"{'':>12}" if value is None else f"{value:>12.2e}", end="")
             if steps:
-                nfe = int(solver.cost(steps))
+                nfe = cost(solver, steps)
                 rows.append(dict(solver=name, budget=budget, nfe=nfe, steps=steps, error=value))
     print()
     return rows
@@ -277,7 +302,7 @@ def laws(args):
 def ddim(denoiser, ts, x):
     """DDIM along times in either order: the inversion of DDIM is DDIM with the times reversed."""
     for t0, t1 in itertools.pairwise(ts):
-        m, eps = Batched(denoiser).pair(t0, x)
+        m, eps = jax.vmap(Compiled(denoiser).pair, (None, 0))(t0, x)
         x = (denoiser.process.alpha(t1) * m + denoiser.process.sigma(t1) * eps).astype(x.dtype)
     return x
 
@@ -288,10 +313,8 @@ def round_trip(denoiser, solver, ts, noise, x):
         end = ddim(denoiser, ts, noise)
         there, back = ddim(denoiser, ts[::-1], end), ddim(denoiser, ts, ddim(denoiser, ts[::-1], x))
         return end, error(there, noise), error(back, x)
-    end, batch = draw(denoiser, solver, ts, noise), Batched(denoiser)
-    with jax.disable_jit():
-        there = inversion.invert(batch, end, solver=solver, ts=ts).x
-        inverse = inversion.invert(batch, x, solver=solver, ts=ts)
+    end = draw(denoiser, solver, ts, noise)
+    there, inverse = invert(denoiser, solver, ts, end).x, invert(denoiser, solver, ts, x)
     return end.x, error(there, noise), error(draw(denoiser, solver, ts, inverse).x, x)
 
 
