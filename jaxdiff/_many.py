@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from jaxdiff import _check
 from jaxdiff import _mesh as meshes
@@ -288,7 +288,7 @@ def admit(where: str, key: Any, sampler: Any, num: Any, cond: Cond, init: Any) -
     return key, (cond, init)
 
 
-def keys(key: PRNGKeyArray, start: Any = 0, num: int = 1) -> PRNGKeyArray:
+def keys(key: PRNGKeyArray, start: Any = 0, num: int = 1) -> Key[Array, " num"]:
     """Return the keys of the samples `start, ..., start + num - 1` of the sequence of a key.
 
     `jax.vmap(sampler)(keys(key, 0, num))` draws what `sample(key, sampler, num=num)` does, and so
