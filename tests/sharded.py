@@ -39,6 +39,7 @@ def alone(solver, num=16):
     return sampler, jd.sample(KEY, sampler, num=num)
 
 
+@functools.cache
 def families():
     """Samplers of all families: one program below is for all of them."""
     normal = jd.exact.gaussian(VP, [0.3, -0.2], 0.25)
@@ -138,7 +139,7 @@ def test_one_program_runs_all_families(name, tmp_path):
         same(out, want, run)
 
 
-JOB = "import sys, sharded; print('ready', flush=True); sharded.write_all(sys.argv[1])"
+JOB = "import sys, conftest, sharded; sharded.write_all(sys.argv[1])"  # of the same settings
 
 
 def test_a_kill_in_between_leaves_no_trace_in_any_family(tmp_path):
