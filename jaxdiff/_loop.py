@@ -25,8 +25,11 @@ def over_steps(
         return state, jax.tree.map(lambda a: a[None][:0], seen)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(state: Any, n: Any) -> tuple[Any, Any]:
+    def body(carry: Any, _: None) -> tuple[Any, Any]:
+        n, state = carry
         state = step(n, state)
-        return state, None if see is None else see(n + 1, state)
+        return (n + 1, state), None if see is None else see(n + 1, state)
 
-    return jax.lax.scan(body, state, jnp.arange(first, stop))
+    # counted in the carry: a row of numbers would be memory that grows with the steps
+    (_, state), seen = jax.lax.scan(body, (jnp.asarray(first), state), None, stop - first)
+    return state, seen
