@@ -180,23 +180,26 @@ class PairSolve(GridSolve):
             return False
         return True
 
-    def _row(self, n: Any) -> tuple[Any, Array]:
-        """Return the coefficients of step `n` and its two times."""
-        row = jax.tree.map(lambda table: jnp.asarray(table)[n], self.solver.rows)
+    def table(self) -> Any:
+        """Return the coefficients of every step and its two times."""
         ts = jnp.asarray(self.ts)
-        return row, jnp.stack([ts[n], ts[n + 1]])
+        return jax.tree.map(jnp.asarray, self.solver.rows), jnp.stack([ts[:-1], ts[1:]], axis=1)
 
     def init(self, model: Any, key: Any, cond: Cond, init: Any) -> State:
         """Begin with the pair of an inversion, or with one made of x alone."""
         if isinstance(init, Inverted):
             return State((init.pair[0], init.pair[1]), None, SUCCESS, jnp.asarray(0))
         x = self._begin(model, key, init)
-        pair = self.solver.depart(self._row(0)[0], x) if self.steps else (x, x)
+        pair = (
+            self.solver.depart(jax.tree.map(lambda a: a[0], self.table()[0]), x)
+            if self.steps
+            else (x, x)
+        )
         return State(pair, None, SUCCESS, jnp.asarray(0))
 
-    def step(self, model: Any, n: Any, key: Any, state: State, cond: Cond) -> State:
+    def step(self, model: Any, n: Any, row: Any, key: Any, state: State, cond: Cond) -> State:
         """Step the pair."""
-        pair = step_pair((self.solver, model, cond), *self._row(n), state.y)
+        pair = step_pair((self.solver, model, cond), *row, state.y)
         return state._replace(y=pair, nfe=state.nfe + self.cost(n + 1) - self.cost(n))
 
     def x(self, n: Any, state: State) -> Array:

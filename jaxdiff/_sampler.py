@@ -124,9 +124,15 @@ class AbstractSolve(eqx.Module):
     def init(self, model: Any, key: PRNGKeyArray | None, cond: Cond, init: Any) -> State:
         """Return the first state: from `init`, or from a draw where it is None."""
 
+    def table(self) -> PyTree:
+        """Return what each step reads, with a leading axis of steps."""
+        return ()
+
     @abc.abstractmethod
-    def step(self, model: Any, n: Any, key: PRNGKeyArray | None, state: State, cond: Cond) -> State:
-        """Make step `n`, from node n to node n + 1."""
+    def step(
+        self, model: Any, n: Any, row: Any, key: PRNGKeyArray | None, state: State, cond: Cond
+    ) -> State:
+        """Make step `n`, from node n to node n + 1, with its `row` of the table."""
 
     @abc.abstractmethod
     def x(self, n: Any, state: State) -> Array:
@@ -151,11 +157,21 @@ class AbstractSolve(eqx.Module):
         """Whether a key is needed even where the start is given."""
         return self.stochastic or any(getattr(hook, "stochastic", False) for hook in self.hooks)
 
-    def move(self, model: Any, n: Any, key: PRNGKeyArray | None, state: State, cond: Cond) -> State:
-        """Make step `n` and call the hooks."""
+    def move(
+        self,
+        model: Any,
+        n: Any,
+        key: PRNGKeyArray | None,
+        state: State,
+        cond: Cond,
+        row: Any = None,
+    ) -> State:
+        """Make step `n` and call the hooks; a loop has the row at hand."""
+        if row is None:
+            row = jax.tree.map(lambda a: a[n], self.table())
         if not self.hooks:
-            return self.step(model, n, key, state, cond)
-        x0, state = self.x(n, state), self.step(model, n, key, state, cond)
+            return self.step(model, n, row, key, state, cond)
+        x0, state = self.x(n, state), self.step(model, n, row, key, state, cond)
         times, last = jnp.asarray(self.ts)[jnp.stack([n, n + 1])], self.last_time is None
         for level, hook in enumerate(self.hooks):
 
@@ -239,12 +255,12 @@ class AbstractSolve(eqx.Module):
         def nudge(n: Any, state: State) -> State:
             return state if nudges is None else self.replace(n, state, self.x(n, state) + nudges[n])
 
-        def step(n: Any, state: State) -> State:
-            return nudge(n + 1, self.move(model, n, key, state, cond))
+        def step(n: Any, state: State, row: Any) -> State:
+            return nudge(n + 1, self.move(model, n, key, state, cond, row))
 
         state = nudge(first, state)
         x0 = None if see is None else self.x(first, state)
-        state, xs = over_steps(step, state, first, self.steps, see)
+        state, xs = over_steps(step, state, first, self.steps, see, self.table())
         x, nfe = self.close(model, key, state, cond)
         if nudges is not None and self.last_time is not None:
             x = x + nudges[-1]

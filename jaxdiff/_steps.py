@@ -40,13 +40,20 @@ class DiffraxSolve(AbstractSolve):
         """Return the number of network evaluations in so many steps."""
         return jnp.asarray(evaluations(self.solver, jnp.asarray(steps, int)))
 
-    def step(self, model: Any, n: Any, key: PRNGKeyArray | None, state: State, cond: Cond) -> State:
+    def table(self) -> Any:
+        """Return where the steps start and where they end."""
+        nodes = jnp.asarray(self.nodes)
+        return nodes[:-1], nodes[1:]
+
+    def step(
+        self, model: Any, n: Any, row: Any, key: PRNGKeyArray | None, state: State, cond: Cond
+    ) -> State:
         """Make one step of diffrax."""
-        (inner, jumped), nodes = state.inner, jnp.asarray(self.nodes)
+        inner, jumped = state.inner
         if isinstance(self.solver, AbstractGridSolver):
             inner = inner._replace(step=jnp.asarray(n, inner.step.dtype))
-        terms, times = self.terms(model, key, cond), (nodes[n], nodes[n + 1])
-        y, _, _, inner, result = self.solver.step(terms, *times, state.y, None, inner, jumped)
+        terms = self.terms(model, key, cond)
+        y, _, _, inner, result = self.solver.step(terms, *row, state.y, None, inner, jumped)
         nfe = state.nfe + self.cost(n + 1) - self.cost(n)
         return State(y, (inner, jnp.asarray(False)), first_failure(state.result, result), nfe)
 

@@ -56,12 +56,15 @@ class PhaseSolve(AbstractSolve):
         history = (jnp.zeros_like(z),) * self.memory
         return State(z, history, SUCCESS, jnp.asarray(0))
 
-    def step(self, model: Any, n: Any, key: Any, state: State, cond: Cond) -> State:
+    def table(self) -> Any:
+        """Return the stages."""
+        return jax.tree.map(jnp.asarray, self.stages)
+
+    def step(self, model: Any, n: Any, row: Any, key: Any, state: State, cond: Cond) -> State:
         """Go through the stages."""
-        stages = jax.tree.map(lambda a: jnp.asarray(a)[n], self.stages)
         own = None if key is None else jax.random.fold_in(stream(key, SOLVER), n)
-        z, outputs = _advance(model, stages, state.y, state.inner, own, cond)
-        nfe = state.nfe + sum(stage.t is not None for stage in stages)
+        z, outputs = _advance(model, row, state.y, state.inner, own, cond)
+        nfe = state.nfe + sum(stage.t is not None for stage in row)
         return State(z, outputs[: self.memory], state.result, nfe)
 
     def x(self, n: Any, state: State) -> Array:
