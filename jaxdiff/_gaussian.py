@@ -190,11 +190,10 @@ class PairSolve(GridSolve):
         if isinstance(init, Inverted):
             return State((init.pair[0], init.pair[1]), None, SUCCESS, jnp.asarray(0))
         x = self._begin(model, key, init)
-        pair = (
-            self.solver.depart(jax.tree.map(lambda a: a[0], self.table()[0]), x)
-            if self.steps
-            else (x, x)
-        )
+        pair = (x, x)
+        if self.steps:
+            first = jax.tree.map(lambda a: jnp.asarray(a)[0], self.solver.rows)
+            pair = self.solver.depart(first, x)
         return State(pair, None, SUCCESS, jnp.asarray(0))
 
     def step(self, model: Any, n: Any, row: Any, key: Any, state: State, cond: Cond) -> State:

@@ -36,6 +36,27 @@ class _Split(NamedTuple):
     fixed: tuple[tuple[type, Any] | None, ...]
 
 
+class _Same:
+    """A value that cannot be hashed, known by its identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _fixed(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return _Same, _Same(leaf)
+    return type(leaf), leaf
+
+
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, _NUMBERS) and leaf.__class__ is not bool
 
@@ -49,12 +70,13 @@ def _split(value: Any, is_dynamic: Callable[[Any], bool]) -> _Split:
     dynamic = list(map(is_dynamic, leaves))
     arrays = [leaf for leaf, is_array in zip(leaves, dynamic, strict=True) if is_array]
     pairs = zip(leaves, dynamic, strict=True)
-    return _Split(arrays, tree, tuple(None if d else (type(leaf), leaf) for leaf, d in pairs))
+    return _Split(arrays, tree, tuple(None if d else _fixed(leaf) for leaf, d in pairs))
 
 
 def _join(arrays: list[Any], tree: Any, fixed: tuple[Any, ...]) -> Any:
     given = iter(arrays)
-    return jax.tree.unflatten(tree, [next(given) if leaf is None else leaf[1] for leaf in fixed])
+    leaves = [next(given) if leaf is None else leaf[1] for leaf in fixed]
+    return jax.tree.unflatten(tree, [a.value if isinstance(a, _Same) else a for a in leaves])
 
 
 @functools.lru_cache(maxsize=4096)

@@ -158,13 +158,7 @@ class AbstractSolve(eqx.Module):
         return self.stochastic or any(getattr(hook, "stochastic", False) for hook in self.hooks)
 
     def move(
-        self,
-        model: Any,
-        n: Any,
-        key: PRNGKeyArray | None,
-        state: State,
-        cond: Cond,
-        row: Any = None,
+        self, model: Any, n: Any, key: Any, state: State, cond: Cond, row: Any = None
     ) -> State:
         """Make step `n` and call the hooks; a loop has the row at hand."""
         if row is None:
@@ -555,7 +549,8 @@ def sampler(
             grid must not end at sigma = 0 for a solver of diffrax: no clock reaches it.
         denoise: finish with one more evaluation, $x = m(t_N, x)$: a step to sigma = 0.
         trajectory: also return the states at all nodes, in `aux`.
-        engine: `"scan"` or `"diffrax"` (`diffrax.diffeqsolve`); the results are equal.
+        engine: `"scan"` or `"diffrax"` (`diffrax.diffeqsolve`); the results are equal, and for a
+            reversible solver, which steps its pair only in the scan, equal to rounding.
         equation: `"ode"` or `"sde"`, for solvers of diffrax.
         clock: clock of the PF-ODE for solvers of diffrax: `"r"` on a fixed grid, `"lam"` under a
             controller, by default.

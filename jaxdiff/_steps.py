@@ -52,8 +52,8 @@ class DiffraxSolve(AbstractSolve):
         inner, jumped = state.inner
         if isinstance(self.solver, AbstractGridSolver):
             inner = inner._replace(step=jnp.asarray(n, inner.step.dtype))
-        terms = self.terms(model, key, cond)
-        y, _, _, inner, result = self.solver.step(terms, *row, state.y, None, inner, jumped)
+        terms, (t0, t1) = self.terms(model, key, cond), row
+        y, _, _, inner, result = self.solver.step(terms, t0, t1, state.y, None, inner, jumped)
         nfe = state.nfe + self.cost(n + 1) - self.cost(n)
         return State(y, (inner, jnp.asarray(False)), first_failure(state.result, result), nfe)
 
