@@ -198,7 +198,8 @@ class PairSolve(GridSolve):
 
     def step(self, model: Any, n: Any, row: Any, key: Any, state: State, cond: Cond) -> State:
         """Step the pair."""
-        pair = step_pair((self.solver, model, cond), *row, state.y)
+        (row, t), shared = row, (self.solver, model, cond)
+        pair = step_pair(shared, row, t, state.y)
         return state._replace(y=pair, nfe=state.nfe + self.cost(n + 1) - self.cost(n))
 
     def x(self, n: Any, state: State) -> Array:
