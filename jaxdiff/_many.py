@@ -128,7 +128,7 @@ def run(
             return pieces[0]
         if mesh is not None:
             return meshes.join(mesh, axis, n, pieces)
-    return jax.tree.map(lambda *a: _joined(num, *a), *pieces)
+    return _joined(num, pieces)
 
 
 def _take(a: Any, rows: np.ndarray) -> Any:
@@ -136,8 +136,8 @@ def _take(a: Any, rows: np.ndarray) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _joined(num: int, *pieces: Array) -> Array:
-    return jnp.concatenate(pieces)[:num]
+def _joined(num: int, pieces: list[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.concatenate(a)[:num], *pieces)
 
 
 def _traced(
