@@ -296,11 +296,14 @@ class _Same(AbstractProcess):
     """A process that is another one until a subclass says otherwise."""
 
     process: AbstractProcess
-    t_min: Any = eqx.field(init=False)
-    t_max: Any = eqx.field(init=False)
 
-    def __post_init__(self) -> None:
-        self.t_min, self.t_max = self.process.t_min, self.process.t_max
+    @property
+    def t_min(self) -> Any:
+        return self.process.t_min
+
+    @property
+    def t_max(self) -> Any:
+        return self.process.t_max
 
     def log_alpha(self, t: Any) -> Array:
         return jnp.log(self.alpha(t))
@@ -382,7 +385,7 @@ def _(
             last, ts = (alpha, ts[-1]), ts[:-1]
     nodes = ts
     if last is not None and ours and solver.finite_end:
-        last, stepped = None, _Cleaned(stepped, ts[-1])
+        last, stepped = None, _Cleaned(process=stepped, end=ts[-1])  # type: ignore[reportCallIssue]
         join = np.append if isinstance(ts, np.ndarray) else jnp.append
         ts, nodes = join(ts, ts[-1]), join(ts, ts[-1] - 1)
     if ours:
@@ -542,7 +545,9 @@ def _ends(process: AbstractProcess, ts: Values, dtype: Any) -> tuple[bool, bool,
     no_signal = bool(known[0] and vanishing(alpha0, sigma0)[0])
     no_noise = bool(known[1] and vanishing(alpha, sigma)[1])
     rough = (no_signal and alpha0 != 0) or (no_noise and sigma != 0)
-    return no_signal, no_noise, _cast(alpha, dtype), _Snapped(process) if rough else process
+    if rough:
+        process = _Snapped(process=process)  # type: ignore[reportCallIssue]
+    return no_signal, no_noise, _cast(alpha, dtype), process
 
 
 def _readings(clock: Clock, ts: Array) -> tuple[Array, Array]:

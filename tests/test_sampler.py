@@ -411,7 +411,7 @@ def test_coefficients_of_a_prepared_process_have_a_slope_inside_only():
                 def late(path, run=run, call=call):
                     return jnp.sum(call(eqx.tree_at(lambda run: run.model.process, run, path)))
 
-                with pytest.raises(ValueError, match=r"process must be left .* jd.sampler inside"):
+                with pytest.raises(ValueError, match=r"process of a prepared .* prepare inside"):
                     eqx.filter_grad(late)(jax.tree.map(jnp.asarray, path))
 
 
