@@ -1,11 +1,17 @@
 """Settings of the whole suite: float64 unless a test says otherwise, and no silent broadcasting."""
 
 import gc
+import os
 from pathlib import Path
 
-import jax
-import jaxtyping
-import pytest
+# Most of the time goes into compilation: code that runs once is not worth optimising. What is said
+# of bits, memory and programs is tested with the optimiser too: XLA_FLAGS="" pytest -m optimised
+HASTY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", HASTY)  # before the first computation
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -315,6 +315,7 @@ def test_a_failed_solve_says_so():
 # --- Memory. ---
 
 
+@pytest.mark.optimised
 def test_memory_is_the_states_or_flat():
     d, width = 32, 1024
     first, second = RNG.normal(size=(width, d)), RNG.normal(size=(d, width)) / width
@@ -361,6 +362,7 @@ def test_memory_is_the_states_or_flat():
 @pytest.mark.parametrize(
     "solver", [solvers.SymmetricLeapfrog(), solvers.BELM(), solvers.EDICT()], ids=repr
 )
+@pytest.mark.optimised
 def test_a_reversible_solver_keeps_no_states(solver):
     d = 64
     denoiser = jd.exact.gaussian(VP, jnp.zeros(d), 0.3)

@@ -403,6 +403,7 @@ def agree(found, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
 
 
+@pytest.mark.optimised
 def test_the_adjoint_of_a_thousand_steps():
     """Equal to the plain gradient in init, parameters and cond, in the memory of ten steps."""
     x, cond = map(jnp.asarray, np.random.default_rng(7).standard_normal((2, 8)))
@@ -500,7 +501,10 @@ REFUSED = [
         "engine must be left",
     ),
     (lambda: interpolate(X, X[:2], 0.5), "interpolate: y must be of the shape of x, (8,), got"),
-    (lambda: SLOPE(X), "bits must be None, or the derivative that of draw in the scan engine with"),
+    (
+        lambda: SLOPE(X),
+        "bits must be None, or the derivative that of a sampler in the scan engine",
+    ),
 ]
 
 

@@ -48,6 +48,7 @@ def test_a_sample_does_not_depend_on_its_call(denoiser):
         np.testing.assert_allclose(got, whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.optimised
 def test_a_sample_is_bitwise_the_same_in_wide_chunks():
     """Widths of whole vector registers run the same arithmetic, whatever `num` and `start`."""
     call = functools.partial(jd.sample, KEY, prepared(dtype=np.float32))
@@ -57,6 +58,7 @@ def test_a_sample_is_bitwise_the_same_in_wide_chunks():
     np.testing.assert_array_equal(call(num=32, start=23, chunk=32).x, whole[23:55])
 
 
+@pytest.mark.optimised
 def test_the_noise_is_bitwise_the_same_in_any_chunking():
     """A denoiser that answers 0 leaves nothing but noise times coefficients."""
     nothing = jd.Denoiser(VP, lambda t, x, cond: jnp.zeros_like(x))

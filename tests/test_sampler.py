@@ -357,6 +357,7 @@ def test_preparing_under_jit_vmap_and_grad():
     close(batch[0], value, rtol=1e-12)
 
 
+@pytest.mark.optimised
 def test_a_gradient_keeps_states_and_not_networks():
     """Reverse-mode memory per step is a few states, not the hidden layers of the network."""
     width, d = 512, 2

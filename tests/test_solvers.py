@@ -458,6 +458,7 @@ def both_engines(name, denoiser, dtype):
     return scan
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", SOLVERS | OTHERS)
 def test_engines_are_bitwise_equal(name):
     reversible = isinstance((SOLVERS | OTHERS)[name][0], jd.solvers.AbstractReversible)
@@ -467,11 +468,13 @@ def test_engines_are_bitwise_equal(name):
     assert each_step is None or (out.nfe == each_step * 10).all()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["DPMpp2M", "Heun", "EulerMaruyama(u)"])
 def test_engines_are_bitwise_equal_in_float64(name):
     both_engines(name, jd.Denoiser(PROCESSES["VP"], _squash), np.float64)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["DPMpp2M", "EulerMaruyama(u)"])
 def test_engines_are_bitwise_equal_on_a_mixture(name):
     both_engines(name, mixture(PROCESSES["VP"]), np.float32)

@@ -210,6 +210,7 @@ def temporary(n, batch=None, dtype=np.float32, d=64, chunk=128):
     return jax.jit(one).lower(denoiser, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("batch", [None, 8])
 def test_memory_does_not_grow_with_the_data(batch, dtype):
@@ -254,6 +255,7 @@ def test_where_every_weight_underflows_nothing_is_known():
     assert np.isnan(known.mean).all() and np.isnan(known.residual)
 
 
+@pytest.mark.optimised
 def test_a_reverse_derivative_keeps_no_chunk():
     def temporary(n):
         denoiser = exact.empirical(PROCESSES["VP"], jnp.zeros((n, 64), jnp.float32), chunk=128)
