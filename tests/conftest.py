@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 # Most of the time goes into compilation: code that runs once is not worth optimising. What is said
-# of bits, memory and programs is tested with the optimiser too: XLA_FLAGS="" pytest -m optimised
+# of bits, memory and programs is tested with the optimiser: XLA_FLAGS="" pytest -m optimised
 HASTY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", HASTY)  # before the first computation
 
