@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import DETERMINISTIC, PROCESSES, each
-from jaxdiff.adjoint.pullback import WithCov, pullback
+from jaxdiff.adjoint.rules import WithCov, pullback
 
 import jaxdiff as jd
 from jaxdiff import solvers
