@@ -32,7 +32,6 @@ def environment(devices=1):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.optimised
 def test_on_eight_devices():
     """All of `sharded.py`, whose own output says what failed."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider"]
