@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import DETERMINISTIC, PROCESSES, each
-from jaxdiff.adjoint.rules import WithCov, pullback
 
 import jaxdiff as jd
 from jaxdiff import solvers
 from jaxdiff.adjoint import continuous_gradient, guide, optimise_noise, terminal_gradient
+from jaxdiff.adjoint.rules import WithCov, pullback
 from jaxdiff.fisher import posterior_cov
 from jaxdiff.fisher.heads import ExactTrace, Hutchinson
 from jaxdiff.solvers import DDIM
