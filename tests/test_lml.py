@@ -261,6 +261,7 @@ def base(name, n):
     }[name]
 
 
+@pytest.mark.slow
 def test_the_table_of_the_comparison():
     """d = 64, 20 components of variance .01, uniform times, root-mean-square errors.
 
