@@ -16,7 +16,7 @@ from jaxdiff._host import host64, is_concrete
 from jaxdiff._keys import INIT, SOLVER, stream
 from jaxdiff._sampler import Samples, State, prepare
 from jaxdiff._status import SUCCESS, or_nan, status
-from jaxdiff._steps import DiffraxSolve, bounded
+from jaxdiff._steps import DiffraxSolve, bounded, check_loop
 from jaxdiff.process import AbstractProcess, check_path, vanishing
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers._reversal import ReversibleAdjoint, arrive, step_pair, travel, travel_back
@@ -438,14 +438,7 @@ def _check_kinds(
 ) -> None:
     if not isinstance(solver, dfx.AbstractSolver):
         raise _check.bad(where, "solver", "a jaxdiff or diffrax solver, as DDIM()", repr(solver))
-    _check.whole(where, "max_steps", max_steps, 1)
-    kinds = (
-        ("controller", controller, dfx.AbstractStepSizeController),
-        ("adjoint", adjoint, dfx.AbstractAdjoint),
-    )
-    for name, value, family in kinds:
-        if value is not None and not isinstance(value, family):
-            raise _check.bad(where, name, f"an instance of diffrax.{family.__name__}", repr(value))
+    check_loop(where, controller, adjoint, max_steps)
     if noise is not None and not callable(noise):
         expected = "a function from a key to a diffrax Brownian path in clock 'u'"
         raise _check.bad(where, "noise", expected, type(noise).__name__)

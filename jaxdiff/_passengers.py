@@ -25,7 +25,7 @@ from jaxdiff import _check, grids
 from jaxdiff._host import host64, is_concrete
 from jaxdiff._loop import over_steps
 from jaxdiff._status import SUCCESS, first_failure
-from jaxdiff._steps import bounded
+from jaxdiff._steps import bounded, check_loop
 from jaxdiff.process import AbstractProcess
 from jaxdiff.score import AbstractDenoiser
 from jaxdiff.solvers.engine import AbstractGridSolver
@@ -130,14 +130,7 @@ def road(
     ):
         expected = "an ODE solver of diffrax, as diffrax.Tsit5()"
         raise _check.bad(where, "solver", expected, repr(solver))
-    kinds = (
-        ("controller", controller, dfx.AbstractStepSizeController),
-        ("adjoint", adjoint, dfx.AbstractAdjoint),
-    )
-    for name, value, kind in kinds:
-        if value is not None and not isinstance(value, kind):
-            raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
-    _check.whole(where, "max_steps", max_steps, 1)
+    check_loop(where, controller, adjoint, max_steps)
     ts = grids.check(denoiser.process, ts, where=where, dtype=dtype)
     lams, scales, sigmas = host64(_readings, denoiser.process, ts)
     if is_concrete(lams):

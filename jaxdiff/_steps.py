@@ -8,6 +8,7 @@ import diffrax as dfx
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jaxdiff import _check
 from jaxdiff._array import Cond
 from jaxdiff._sampler import AbstractSolve, State
 from jaxdiff._status import SUCCESS, first_failure
@@ -65,6 +66,18 @@ class DiffraxSolve(AbstractSolve):
         """Put another sample in; the solver is told that its state jumped."""
         inner = state.inner and (state.inner[0], jnp.asarray(True))
         return state._replace(y=x.astype(state.y.dtype), inner=inner)
+
+
+def check_loop(where: str, controller: Any, adjoint: Any, max_steps: Any) -> None:
+    """Raise ValueError unless these are what diffrax's own loop takes, or None."""
+    _check.whole(where, "max_steps", max_steps, 1)
+    kinds = (
+        ("controller", controller, dfx.AbstractStepSizeController),
+        ("adjoint", adjoint, dfx.AbstractAdjoint),
+    )
+    for name, value, kind in kinds:
+        if value is not None and not isinstance(value, kind):
+            raise _check.bad(where, name, f"an instance of diffrax.{kind.__name__}", repr(value))
 
 
 def bounded(solver: Any) -> Any:
